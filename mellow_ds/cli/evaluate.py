@@ -1,0 +1,98 @@
+"""`--mode evaluate_checkpoint` and `mellow-ds evaluate`: score a checkpoint on held-out shards, on all ranks."""
+
+import logging
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mellow_ds.config.schema import RunConfig
+from mellow_ds.world import World
+
+if TYPE_CHECKING:
+    import torch
+
+    from mellow_ds.data.batch import Batch
+    from mellow_ds.data.examples import EvalExample
+    from mellow_ds.prompt import Layout
+
+_log = logging.getLogger("mellow_ds.cli")
+
+
+def main(arguments: list[str], program: str) -> int:
+    """`mellow-ds evaluate`: the same as `train.py --mode evaluate_checkpoint`."""
+    from mellow_ds.cli.train import main as run_main
+
+    return run_main(arguments, program, mode="evaluate_checkpoint")
+
+
+def evaluate_checkpoint(config: RunConfig, world: World, device: "torch.device") -> None:
+    """Evaluate the step folder or model folder `config.resume_checkpoint`; needs no engine."""
+    from mellow_ds.cli.model_folder import load_model_folder
+
+    checkpoint = Path(config.resume_checkpoint)
+    model, processor = load_model_folder(checkpoint, device)
+    out = Path(config.save_dir) / "evaluation" / checkpoint.name
+    evaluate_model(
+        model, processor.tokenizer, processor.row_layout, config, world, device, out, {"checkpoint": str(checkpoint)}
+    )
+
+
+def evaluate_model(
+    model: Any,
+    tokenizer: Any,
+    layout: "Layout",
+    config: RunConfig,
+    world: World,
+    device: "torch.device",
+    out: Path,
+    about: dict[str, Any],
+) -> dict[str, Any]:
+    """Score `model` on the configured shards; rank 0 prints the table and returns the results."""
+    import torch.distributed as dist
+
+    from mellow_ds.data.reader import ShardReader
+    from mellow_ds.data.stream import EvalStream
+    from mellow_ds.evaluation.evaluate import evaluate
+    from mellow_ds.evaluation.results import format_results
+
+    folders = config.data.eval_shards or config.data.shards
+    reader = ShardReader(folders, config.data.sampling_rate)
+
+    def open_stream() -> EvalStream:
+        return EvalStream(
+            reader, tokenizer, layout, config.data, config.evaluation.batch_size, world,
+            max_examples=config.evaluation.max_examples, num_workers=config.train.num_workers,
+        )  # fmt: skip
+
+    batches = _Batches(open_stream)
+    _log.info("evaluating %d examples of %s", batches.num_examples, ", ".join(folders))
+    results = evaluate(
+        model, batches, tokenizer, world, config.evaluation, out,
+        num_expected=batches.num_examples, end_id=layout.end_id, device=device, barrier=dist.barrier,
+        about={**about, "shards": list(folders), "fingerprint": reader.fingerprint},
+    )  # fmt: skip
+    if world.is_main:
+        print(format_results(results), flush=True)
+        _log.info("results: %s", out / "results.json")
+    return results
+
+
+class _Batches:
+    """The evaluation batches, as often as they are asked for: a second pass compares with silence."""
+
+    def __init__(self, open_stream: Any) -> None:
+        self._open_stream = open_stream
+        stream = open_stream()
+        self.num_examples = stream.num_examples
+        self._num_batches = len(stream)
+        stream.close()
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def __iter__(self) -> "Iterator[tuple[Batch, Sequence[EvalExample]]]":
+        stream = self._open_stream()
+        try:
+            yield from stream
+        finally:
+            stream.close()

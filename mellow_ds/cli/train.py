@@ -1,0 +1,111 @@
+"""`train.py` and `mellow-ds train`: check what was given, then build the parts of a run and let the trainer run."""
+
+import logging
+import sys
+import traceback
+from pathlib import Path
+
+from mellow_ds.cli.arguments import parse_run_arguments
+from mellow_ds.config.load import dump_run_config
+from mellow_ds.config.schema import RunConfig
+from mellow_ds.ds_config import read_engine_json, zero_stage
+from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
+from mellow_ds.log import setup_logging
+from mellow_ds.shard_format import read_manifest
+from mellow_ds.stopping import StopRequest, end_with_parent
+from mellow_ds.world import World
+
+_log = logging.getLogger("mellow_ds.cli")
+
+
+def main(arguments: list[str] | None = None, program: str = "train.py", mode: str = "") -> int:
+    """Run the command; returns its exit code. A mistake is one line on rank 0, a fault is heard from its rank."""
+    world = World()
+    checked = False
+    try:
+        world = World.from_env()
+        setup_logging(world)
+        config = parse_run_arguments(sys.argv[1:] if arguments is None else arguments, program, mode)
+        check_inputs(config, world)
+        checked = True
+        return run(config, world)
+    except MellowError as error:
+        # before anything is started all ranks find the same mistake: one line is enough
+        if world.is_main or checked:
+            print(f"error: {_rank_prefix(world)}{error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return EXIT_INTERRUPTED
+    except Exception:
+        traceback.print_exc()
+        print(f"error: {_rank_prefix(world)}unexpected fault, see the traceback above", file=sys.stderr, flush=True)
+        return EXIT_FAULT
+
+
+def check_inputs(config: RunConfig, world: World) -> None:
+    """Everything that can be known to be wrong before torch is imported and a GPU is taken."""
+    zero_stage(read_engine_json(config.deepspeed_config))
+    if config.mode == "train":
+        _check_shards(config, config.data.shards, "data.shards")
+        if config.train.global_batch_size and config.train.global_batch_size < world.size:
+            raise ConfigError(
+                f"train.global_batch_size is {config.train.global_batch_size}, but the run has {world.size} ranks: "
+                "every rank needs at least one example; raise it or start fewer ranks"
+            )
+        if config.resume_checkpoint and not Path(config.resume_checkpoint).exists():
+            raise ConfigError(f"resume_checkpoint {config.resume_checkpoint} is not there")
+        if config.train.evaluate_at_end:
+            _check_shards(config, config.data.eval_shards, "data.eval_shards")
+        return
+    if not config.resume_checkpoint:
+        raise ConfigError("mode evaluate_checkpoint needs --checkpoint_path, such as RUN/checkpoints/step-000200")
+    if not Path(config.resume_checkpoint).is_dir():
+        raise ConfigError(f"--checkpoint_path {config.resume_checkpoint} is not there: name a step folder of a run")
+    _check_shards(config, config.data.eval_shards or config.data.shards, "data.eval_shards")
+
+
+def _check_shards(config: RunConfig, folders: tuple[str, ...], key: str) -> None:
+    if not folders:
+        files = " ".join(config.data.datafiles) or "FILE.json"
+        root = config.data.datapath or "AUDIO_FOLDER"
+        raise ConfigError(
+            f"{key} is empty: pack once with `mellow-shards build --json {files} --audio-root {root} --out SHARDS`, "
+            f"then give --{key} SHARDS"
+        )
+    for folder in folders:
+        rate = read_manifest(folder).sample_rate
+        if rate != config.data.sampling_rate:
+            raise ConfigError(
+                f"{folder} holds audio at {rate} Hz but data.sampling_rate is {config.data.sampling_rate}: set it to "
+                f"{rate}, or pack with --sample-rate {config.data.sampling_rate}"
+            )
+
+
+def run(config: RunConfig, world: World) -> int:
+    """Join the other ranks and do what `config.mode` says."""
+    if world.launcher != "none":
+        end_with_parent()
+    stop = StopRequest()
+    folder = Path(config.save_dir)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+    setup_logging(world, folder / "log.txt" if world.is_main else None)
+    # from here on torch is needed
+    from mellow_ds.cli.evaluate import evaluate_checkpoint
+    from mellow_ds.cli.training import train
+    from mellow_ds.engine.process_group import start_process_group, stop_process_group
+
+    device = start_process_group(world, config.distributed_backend)
+    try:
+        if config.mode == "evaluate_checkpoint":
+            evaluate_checkpoint(config, world, device)
+            return EXIT_DONE
+        if world.is_main:
+            (folder / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
+        return train(config, world, device, stop)
+    finally:
+        stop_process_group()
+
+
+def _rank_prefix(world: World) -> str:
+    return f"rank {world.rank}: " if world.size > 1 else ""

@@ -1,0 +1,346 @@
+"""The run configuration: what a recipe may say, with units and defaults. Nothing here imports torch.
+
+Values are checked on construction (`__post_init__`), so a `RunConfig` that exists is consistent in itself. What needs
+files or the world (shards that are there, a batch that divides) is checked where those are opened.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mellow_ds.errors import ConfigError
+
+MODES = ("train", "evaluate_checkpoint")
+SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "step", "loss_tracking")
+
+
+def _at_least(section: str, config: object, minimum: float, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if value < minimum:
+            raise ConfigError(f"{section}.{name} is {value}; it must be at least {minimum}")
+
+
+def _one_of(section: str, config: object, name: str, choices: tuple[str, ...]) -> None:
+    value = getattr(config, name)
+    if value not in choices:
+        raise ConfigError(f"{section}.{name} is '{value}'; choose one of {', '.join(choices)}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is read, and how a clip becomes a waveform."""
+
+    shards: tuple[str, ...] = ()
+    """Folders with a manifest.json, trained on together."""
+    eval_shards: tuple[str, ...] = ()
+    """Folders evaluated on; with --mode evaluate_checkpoint, empty means data.shards."""
+    datapath: str = ""
+    """Folder that the paths in datafiles are relative to (Mellow's key; used for packing)."""
+    datafiles: tuple[str, ...] = ()
+    """ReasonAQA-style JSON files (Mellow's key; used for packing)."""
+    sampling_rate: int = 32_000
+    """Hz; the shards must have been packed at this rate."""
+    segment_seconds: float = 10.0
+    """Seconds of audio a clip gives: longer is cropped, shorter is padded with zeros."""
+    tokenizer_type: str = ""
+    """Hub name or folder of the tokenizer; empty: the decoder's own."""
+    ip_text_len: int = 129
+    """Most prompt tokens; a longer prompt is cut and counted."""
+    op_text_len: int = 250
+    """Most answer tokens, end-of-text included; a longer answer is cut and counted."""
+    shuffle: bool = True
+    """Visit the training examples in a new order each epoch."""
+    shuffle_window: int = 4
+    """Shards whose examples are permuted together."""
+    order_runs: int = 64
+    """Equal runs that the order of an epoch is cut into; a global batch takes its share of each."""
+    max_bad_fraction: float = 0.0
+    """Fraction of the samples read that may be unreadable in training before the run stops; 0 stops at the first."""
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, 1, "sampling_rate", "ip_text_len", "op_text_len", "shuffle_window", "order_runs")
+        _at_least("data", self, 0, "max_bad_fraction")
+        if self.segment_seconds <= 0:
+            raise ConfigError(f"data.segment_seconds is {self.segment_seconds}; it must be above 0")
+
+    @property
+    def clip_samples(self) -> int:
+        """Samples of one clip as the encoder sees it."""
+        return round(self.segment_seconds * self.sampling_rate)
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """The audio encoder. Sizes matter where it is trained from nothing; a pretrained one brings its own."""
+
+    audioenc_name: str = "HTSAT"
+    """HTSAT, Cnn14, or the hub name or local folder of an audio encoder of transformers."""
+    out_emb: int = 768
+    """Width of the frame embeddings: 768 for HTSAT, 2048 for Cnn14, the last of `channels` for a narrow one."""
+    d_proj: int = 576
+    """Width after the projector; equals the decoder's hidden size."""
+    projector_dropout: float = 0.5
+    """Dropout of the projector while training."""
+    use_pretrained_audioencoder: bool = False
+    """Load the weights in pretrained_audioencoder_path."""
+    pretrained_audioencoder_path: str = ""
+    """HTSAT_AudioSet_Saved_1.ckpt or Cnn14_mAP=0.431.pth, or the folder that holds it."""
+    freeze_audio_encoder_weights: bool = True
+    """Keep the encoder as it is: eval mode, no gradients, no optimizer state."""
+    audio_tokens: int = 33
+    """Tokens of a clip in the decoder. HTSAT: 33, or 129 (Mellow's: each frame 4 times); 0: what the encoder gives."""
+    channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
+    """Channels of Cnn14's blocks; each but the last halves time and mel bins. Fewer or narrower makes it small."""
+    num_classes: int = 527
+    """Classes of the token-semantic or tagging head."""
+    dropout: float = 0.2
+    """Dropout between Cnn14's blocks while it is trained."""
+    mel_bins: int = 64
+    """Mel bands of the front end."""
+    window_size: int = 1024
+    """Samples of a Fourier window."""
+    hop_size: int = 320
+    """Samples between frames."""
+    fmin: float = 50.0
+    """Hz, lower edge of the lowest mel band."""
+    fmax: float = 14_000.0
+    """Hz, upper edge of the highest mel band."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.encoder", self, 1, "out_emb", "d_proj", "num_classes", "mel_bins", "window_size", "hop_size")
+        _at_least("model.encoder", self, 0, "audio_tokens", "fmin", "dropout", "projector_dropout")
+        if self.fmax <= self.fmin:
+            raise ConfigError(f"model.encoder.fmax is {self.fmax}; it must be above fmin ({self.fmin})")
+        if self.audioenc_name == "HTSAT" and self.audio_tokens not in (0, 33, 129):
+            raise ConfigError(
+                f"model.encoder.audio_tokens is {self.audio_tokens}; HTSAT gives 33 (or 129, Mellow's layout)"
+            )
+        if self.use_pretrained_audioencoder and not self.pretrained_audioencoder_path:
+            raise ConfigError(
+                "model.encoder.use_pretrained_audioencoder is true but pretrained_audioencoder_path is empty: "
+                "name the file, or set use_pretrained_audioencoder to false"
+            )
+        narrow = self.audioenc_name == "Cnn14" and self.channels != EncoderConfig.channels
+        if narrow and self.freeze_audio_encoder_weights and not self.use_pretrained_audioencoder:
+            raise ConfigError(
+                "model.encoder.freeze_audio_encoder_weights is true for a Cnn14 of its own sizes that has no weights: "
+                "set it to false, so that the encoder is trained"
+            )
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The causal language model."""
+
+    text_decoder: str = "HuggingFaceTB/SmolLM2-135M"
+    """Hub name, local folder, path of a GGUF file, or `from-config`: made small, from nothing, by the sizes below."""
+    freeze_gpt_weights: bool = False
+    """Keep the decoder as it is: eval mode, no gradients."""
+    hidden_size: int = 128
+    """from-config: width."""
+    intermediate_size: int = 384
+    """from-config: width of the feed-forward layers."""
+    num_hidden_layers: int = 3
+    """from-config: layers."""
+    num_attention_heads: int = 4
+    """from-config: attention heads."""
+    vocab_size: int = 2048
+    """from-config: most tokens of the tokenizer that is trained on the corpus; words as tokens."""
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "model.decoder",
+            self,
+            1,
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "vocab_size",
+        )
+        if not self.text_decoder:
+            raise ConfigError(
+                "model.decoder.text_decoder is empty: name a model, a folder, a GGUF file, or 'from-config'"
+            )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Encoder, projector and decoder."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    layout: Literal["compact", "mellow"] = "compact"
+    """compact: nothing padded; mellow: the sequence that Mellow's published weights expect."""
+
+    def __post_init__(self) -> None:
+        _one_of("model", self, "layout", ("compact", "mellow"))
+        decoder, encoder = self.decoder, self.encoder
+        if decoder.text_decoder == "from-config" and decoder.hidden_size != encoder.d_proj:
+            raise ConfigError(
+                f"model.encoder.d_proj is {encoder.d_proj} but model.decoder.hidden_size is {decoder.hidden_size}: "
+                "make them equal"
+            )
+
+
+@dataclass(frozen=True)
+class MixedPrecisionConfig:
+    """Number format of the matrix products. Weights of the optimizer stay float32."""
+
+    use_mixed_precision: Literal["auto", "true", "false"] = "auto"
+    """auto: on GPUs on, on CPUs off (bf16 products there are 5 to 30 times slower)."""
+    mixed_precision_dtype: Literal["bfloat16", "float16"] = "bfloat16"
+    """bfloat16, or float16 with dynamic loss scaling."""
+
+    def __post_init__(self) -> None:
+        _one_of("train.mixed_precision", self, "use_mixed_precision", ("auto", "true", "false"))
+        _one_of("train.mixed_precision", self, "mixed_precision_dtype", ("bfloat16", "float16"))
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How long, how fast, how often."""
+
+    batch_size: int = 4
+    """Examples of a micro-batch on one rank."""
+    global_batch_size: int = 0
+    """Examples of an optimizer step on all ranks; the accumulation follows. 0: batch size x world x accumulation."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches of an optimizer step, where global_batch_size is 0."""
+    num_epochs: int = 10
+    """Epochs, where max_steps is 0."""
+    max_steps: int = 0
+    """Optimizer steps in all; 0: what num_epochs comes to."""
+    stop_at_step: int = 0
+    """Save and end at this step, with the schedule of the whole run; 0: do not. The next start goes on."""
+    optimizer_type: Literal["AdamW", "Adam"] = "AdamW"
+    """AdamW, or Adam with weight decay added to the gradient, as Mellow's."""
+    learning_rate: float = 1e-3
+    """Peak of the schedule."""
+    weight_decay: float = 1e-4
+    """Not applied to biases, norms and embeddings."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's running-average factors."""
+    eps: float = 1e-8
+    """Adam's denominator floor."""
+    scheduler: str = "cosine"
+    """constant, linear, cosine, cosine_restarts, step or loss_tracking; per optimizer step, after warm-up."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up from 0."""
+    min_learning_rate: float = 0.0
+    """Where linear, cosine and loss_tracking end."""
+    restart_steps: int = 1000
+    """cosine_restarts: optimizer steps of a cycle."""
+    decay_steps: int = 1000
+    """step: optimizer steps between decays; loss_tracking: steps without a better loss before a decay."""
+    decay_factor: float = 0.5
+    """step and loss_tracking: what the learning rate is multiplied by."""
+    max_grad_norm: float = 0.5
+    """Clip the global gradient norm here; 0: do not."""
+    clip_to_running_mean: float = 0.0
+    """Also clip the norm at this many times its running mean; 0: do not."""
+    num_workers: int = 2
+    """Loader processes of a rank; 0: load in the training process."""
+    seed: int = 1234
+    """Everything random follows from it."""
+    save_every_steps: int = 1000
+    """Optimizer steps between checkpoints; 0: only at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint of the run folder; never: refuse a folder that has one."""
+    log_every_steps: int = 10
+    """Optimizer steps between records in metrics.jsonl and TensorBoard."""
+    evaluate_at_end: bool = False
+    """Evaluate on data.eval_shards after the last step."""
+    mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
+
+    def __post_init__(self) -> None:
+        _at_least(
+            "train",
+            self,
+            1,
+            "batch_size",
+            "gradient_accumulation_steps",
+            "num_epochs",
+            "keep_checkpoints",
+            "log_every_steps",
+        )
+        _at_least("train", self, 1, "restart_steps", "decay_steps")
+        _at_least(
+            "train",
+            self,
+            0,
+            "global_batch_size",
+            "max_steps",
+            "stop_at_step",
+            "weight_decay",
+            "warmup_steps",
+            "num_workers",
+        )
+        _at_least(
+            "train", self, 0, "max_grad_norm", "clip_to_running_mean", "save_every_steps", "min_learning_rate", "seed"
+        )
+        _one_of("train", self, "scheduler", SCHEDULES)
+        _one_of("train", self, "optimizer_type", ("AdamW", "Adam"))
+        _one_of("train", self, "resume", ("auto", "never"))
+        if self.learning_rate <= 0:
+            raise ConfigError(f"train.learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 < self.decay_factor < 1:
+            raise ConfigError(f"train.decay_factor is {self.decay_factor}; it must be between 0 and 1")
+        if self.global_batch_size and self.gradient_accumulation_steps != 1:
+            raise ConfigError(
+                "train.global_batch_size and train.gradient_accumulation_steps are both given: "
+                "the accumulation follows from the global batch; drop one of the two"
+            )
+        if self.max_steps and self.warmup_steps >= self.max_steps:
+            raise ConfigError(f"train.warmup_steps is {self.warmup_steps}, but the run has only {self.max_steps} steps")
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Scoring of held-out examples."""
+
+    batch_size: int = 16
+    """Examples generated together on one rank."""
+    max_new_tokens: int = 64
+    """Longest generated answer, in tokens."""
+    max_examples: int = 0
+    """Evaluate only the first so many; 0: all."""
+    compare_silence: bool = False
+    """Evaluate a second time with every clip silenced: what is left of the score does not come from listening."""
+    captions: bool = True
+    """Report caption metrics for caption and description subtypes."""
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, 1, "batch_size", "max_new_tokens")
+        _at_least("evaluation", self, 0, "max_examples")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run."""
+
+    mode: str = "train"
+    """train or evaluate_checkpoint."""
+    engine: Literal["auto", "deepspeed", "fsdp"] = "auto"
+    """auto: DeepSpeed, and FSDP2 where DeepSpeed cannot be used."""
+    deepspeed_config: str = ""
+    """Engine JSON (ds_configs/*.json); empty: ZeRO-2."""
+    save_dir: str = "runs/default"
+    """Run folder: configuration, metrics, logs, checkpoints, evaluation results."""
+    resume_checkpoint: str = ""
+    """Start from these weights: a step folder of a run, or an exported model. Not a resume: step 0, new optimizer."""
+    distributed_backend: str = ""
+    """nccl or gloo; empty: nccl on GPUs, gloo on CPUs."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(f"mode is '{self.mode}'; choose one of {', '.join(MODES)}")
+        _one_of("", self, "engine", ("auto", "deepspeed", "fsdp"))
+        if self.distributed_backend not in ("", "nccl", "gloo"):
+            raise ConfigError(f"distributed_backend is '{self.distributed_backend}'; choose nccl or gloo")

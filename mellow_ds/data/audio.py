@@ -1,0 +1,94 @@
+"""From a sample's compressed audio to the window of float32 samples that the encoder sees. Nothing else is decoded.
+
+Only the window is decoded. What a decoder finds is held against the index before a sample is taken from it: libsndfile
+itself reads half a file, an empty one or 1,024 channels without complaint.
+"""
+
+import io
+import struct
+
+import numpy as np
+import soundfile
+
+from mellow_ds.prompt import draw_number
+from mellow_ds.shard_format import AUDIO_EXTENSIONS
+
+_INT16_SCALE = np.float32(1 / 32768)  # what libsndfile uses, so that PCM and FLAC give the same floats
+_FORMATS = {extension.upper() for extension in AUDIO_EXTENSIONS}
+_WAV_PCM = 1  # format tag; WAV of other forms is left to libsndfile
+_MAX_CLIP_FRAMES = 2**28  # 1 GB of float32, 2 hours at 32 kHz: a longer clip is damage or a decompression bomb
+
+
+class AudioError(ValueError):
+    """Audio that is not what the index says; the caller knows the sample's name."""
+
+
+def crop_start(num_frames: int, window: int, seed: int | None, epoch: int, key: str) -> int:
+    """First sample of the window in a clip of `num_frames`: 0 in evaluation (seed None) and where nothing is left over.
+
+    In training a function of (seed, epoch, clip), so that questions about one clip share its crop.
+    """
+    if seed is None or num_frames <= window:
+        return 0
+    return draw_number("crop", seed, epoch, key) % (num_frames - window + 1)
+
+
+def decode_window(audio: memoryview, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
+    """Fill `out` (float32 [window], in -1 .. 1) with the clip from `start` on, zeros behind its end.
+
+    `audio` is a FLAC or WAV file, mono, of `sample_rate` Hz and `num_frames` samples; raises `AudioError` where not.
+    """
+    length = min(len(out), num_frames - start)
+    samples = _plain_pcm(audio, sample_rate)
+    if samples is not None:
+        _expect("frames", len(samples), num_frames)
+        np.multiply(samples[start : start + length], _INT16_SCALE, out=out[:length])
+    else:
+        _decode(audio, sample_rate, num_frames, start, out[:length])
+    out[length:] = 0.0
+
+
+def decode_clip(audio: memoryview, sample_rate: int, num_frames: int) -> np.ndarray:
+    """The whole clip, float32 [num_frames] in -1 .. 1; raises `AudioError` as `decode_window` does."""
+    if num_frames > _MAX_CLIP_FRAMES:
+        raise AudioError(f"it has {num_frames} frames, more than the {_MAX_CLIP_FRAMES} that are decoded at once")
+    samples = np.empty(num_frames, dtype=np.float32)
+    decode_window(audio, sample_rate, num_frames, 0, samples)
+    return samples
+
+
+def _decode(audio: memoryview, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
+    """Fill `out` through libsndfile."""
+    try:
+        with soundfile.SoundFile(io.BytesIO(audio)) as file:
+            if file.format not in _FORMATS:
+                raise AudioError(f"it is {file.format}, not FLAC or WAV")
+            _expect("channels", file.channels, 1)
+            _expect("Hz", file.samplerate, sample_rate)
+            _expect("frames", file.frames, num_frames)
+            file.seek(start)
+            found = len(file.read(dtype="float32", out=out))
+    except (soundfile.SoundFileError, RuntimeError) as error:
+        raise AudioError(f"it does not decode ({error})") from None
+    _expect("frames in the window", found, len(out))
+    if not np.isfinite(out).all():
+        raise AudioError("it holds samples that are not finite")
+
+
+def _expect(quantity: str, found: int, wanted: int) -> None:
+    if found != wanted:
+        raise AudioError(f"it has {found} {quantity}, the index says {wanted}")
+
+
+def _plain_pcm(audio: memoryview, sample_rate: int) -> np.ndarray | None:
+    """The int16 samples of a mono 16-bit PCM WAV as a view of `audio`; None where it is anything else."""
+    if len(audio) < 44 or audio[:4] != b"RIFF" or audio[8:16] != b"WAVEfmt ":
+        return None
+    format_bytes, tag, channels, rate, _, _, bits = struct.unpack_from("<IHHIIHH", audio, 16)
+    position = 20 + format_bytes
+    if (tag, channels, rate, bits) != (_WAV_PCM, 1, sample_rate, 16) or len(audio) < position + 8:
+        return None
+    name, num_bytes = struct.unpack_from("<4sI", audio, position)
+    if name != b"data" or position + 8 + num_bytes > len(audio):
+        return None
+    return np.frombuffer(audio, dtype="<i2", count=num_bytes // 2, offset=position + 8)

@@ -1,0 +1,52 @@
+"""What crosses from data to model: one micro-batch, as tensors."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+import torch
+
+IGNORE_INDEX = -100  # label of a position that the loss does not count; the value that transformers uses
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B examples over C different clips (a clip that several examples share stands once)."""
+
+    waveforms: torch.Tensor
+    """[C, S] float32 in -1 .. 1, zero-padded to the clip window."""
+    input_ids: torch.Tensor
+    """[B, T] int64; the separator's id where audio tokens go; right-padded in training, left-padded for generation."""
+    attention_mask: torch.Tensor
+    """[B, T] int64, 1 where there is something."""
+    labels: torch.Tensor
+    """[B, T] int64, the token itself where it is an answer token (end-of-text included), else IGNORE_INDEX."""
+    clip_row: torch.Tensor
+    """[P] int64: placement p puts its clip's tokens into this row ..."""
+    clip_start: torch.Tensor
+    """[P] int64: ... from this position on ..."""
+    clip_index: torch.Tensor
+    """[P] int64: ... and takes them from this clip of `waveforms`."""
+    example_ids: tuple[str, ...] = ()
+    """Ids of the examples, in row order; empty where the batch only keeps step with the other ranks."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples that count."""
+        return len(self.example_ids)
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Tokens that the loss counts."""
+        return int((self.labels != IGNORE_INDEX).sum())
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """The same batch on `device`."""
+        return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Batch":
+        """The same batch in page-locked memory (called by the DataLoader)."""
+        return self._with_tensors(torch.Tensor.pin_memory)
+
+    def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "example_ids"}
+        return Batch(**{name: change(tensor) for name, tensor in tensors.items()}, example_ids=self.example_ids)

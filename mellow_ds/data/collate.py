@@ -1,0 +1,61 @@
+"""From rows of token ids and windows of audio to a `Batch`, padded no further than its longest row."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from mellow_ds.data.batch import IGNORE_INDEX, Batch
+from mellow_ds.prompt import ExampleRow, Layout
+
+
+def collate(
+    rows: Sequence[ExampleRow],
+    clips: Sequence[Sequence[int]],
+    waveforms: torch.Tensor,
+    example_ids: Sequence[str],
+    pad_id: int,
+    pad_left: bool,
+) -> Batch:
+    """The batch of B >= 1 rows; `clips` says for each row which of `waveforms` [C, S] stand at its clip starts.
+
+    Rows are padded with `pad_id`, never attended to: on the right in training, on the left for generation.
+    """
+    width = max(len(row.input_ids) for row in rows)
+    input_ids = np.full((len(rows), width), pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(rows), width), dtype=np.int64)
+    labels = np.full((len(rows), width), IGNORE_INDEX, dtype=np.int64)
+    placements: list[tuple[int, int, int]] = []
+    for number, (row, indices) in enumerate(zip(rows, clips, strict=True)):
+        first = width - len(row.input_ids) if pad_left else 0
+        filled = slice(first, first + len(row.input_ids))
+        input_ids[number, filled] = row.input_ids
+        attention_mask[number, filled] = 1
+        labels[number, filled] = row.labels
+        starts = [first + start for start in row.clip_starts]
+        placements += [(number, start, index) for start, index in zip(starts, indices, strict=True)]
+    clip_row, clip_start, clip_index = torch.tensor(placements, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    return Batch(
+        waveforms=waveforms,
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        labels=torch.from_numpy(labels),
+        clip_row=clip_row.contiguous(),
+        clip_start=clip_start.contiguous(),
+        clip_index=clip_index.contiguous(),
+        example_ids=tuple(example_ids),
+    )
+
+
+def prompt_row(layout: Layout, num_clips: int, prompt_ids: Sequence[int]) -> ExampleRow:
+    """A row that ends where the answer begins; nothing in it is learned."""
+    ids, starts = layout.prefix(num_clips, prompt_ids)
+    return ExampleRow(ids, (IGNORE_INDEX,) * len(ids), starts)
+
+
+def empty_batch(layout: Layout, clip_samples: int) -> Batch:
+    """A batch of no examples, for a rank that has none left while the others work: one silent clip, no answer."""
+    num_clips = max(layout.num_clips, 1)
+    row = prompt_row(layout, num_clips, [layout.end_id])
+    silence = torch.zeros(1, clip_samples)
+    return collate([row], [[0] * num_clips], silence, (), layout.end_id, pad_left=False)

@@ -1,0 +1,132 @@
+"""Loader processes: items of a builder, in order, prepared ahead by processes that die with the trainer.
+
+Processes start by `forkserver`: forking a process that holds CUDA or running threads is not safe. torch is imported
+once, in the fork server. An error in a loader process comes out of the iterator as the exception that it was.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from mellow_ds.errors import FaultError, MellowError
+
+Item = TypeVar("Item")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_SECONDS_AFTER_SIGTERM = 60  # a preempted job's trainer still finishes its step and saves
+
+
+class _Failure:
+    """An exception on its way out of a loader process; its traceback travels as text."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.trace = "".join(traceback.format_exception(error))
+
+    def pin_memory(self) -> "_Failure":
+        return self
+
+
+class _Items(Dataset[Any]):
+    """`make` as a dataset, which hands back what it raises instead of a page of traceback."""
+
+    def __init__(self, make: Callable[[int], Any]) -> None:
+        self._make = make
+
+    def __getitem__(self, number: int) -> Any:
+        try:
+            return self._make(number)
+        except MellowError as error:
+            return _Failure(error)
+
+
+class OrderedLoader(Generic[Item]):
+    """The items `make(number)` for `numbers`, in that order."""
+
+    def __init__(
+        self,
+        make: Callable[[int], Item],
+        numbers: Iterable[int],
+        num_workers: int,
+        items_ahead: int,
+        pin_memory: bool = False,
+    ) -> None:
+        """`num_workers` 0: items are made in this process when asked for; else `items_ahead` or more are kept ready."""
+        self._iterator: Iterator[Any]
+        if num_workers == 0:
+            self._iterator = map(make, numbers)
+            return
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mellow_ds.data.stream"])
+        self._iterator = iter(
+            DataLoader(
+                _Items(make),
+                batch_size=None,
+                sampler=numbers,
+                num_workers=num_workers,
+                prefetch_factor=max(2, -(-items_ahead // num_workers)),
+                multiprocessing_context=context,
+                worker_init_fn=_start_worker,
+                persistent_workers=True,
+                pin_memory=pin_memory,
+                generator=torch.Generator(),  # the DataLoader draws from it; the trainer's stays as it is
+            )
+        )
+        # before multiprocessing's own end, which waits for processes that do not heed SIGTERM at once
+        weakref.finalize(self, _shut_down, self._iterator)
+
+    def __iter__(self) -> "OrderedLoader[Item]":
+        return self
+
+    def __next__(self) -> Item:
+        try:
+            item = next(self._iterator)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise FaultError(
+                f"a loader process died ({str(error).splitlines()[0]}): it was killed, most often for memory; "
+                "lower train.num_workers or train.batch_size"
+            ) from error
+        if isinstance(item, _Failure):
+            raise item.error from RuntimeError(f"in a loader process:\n{item.trace}")
+        return item
+
+    def close(self) -> None:
+        """End the loader processes."""
+        _shut_down(self._iterator)
+
+
+def _shut_down(iterator: Any) -> None:
+    shut_down = getattr(iterator, "_shutdown_workers", None)
+    if shut_down is not None:
+        shut_down()
+
+
+def _start_worker(_: int) -> None:
+    """Make this loader process end with the trainer, and leave signals that are meant for the trainer to it."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+    if sys.platform == "linux":
+        # the parent is the fork server, which ends when the trainer does, however that ended
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() == 1:
+            os._exit(1)
+
+
+def _end_soon(_signal_number: int, _frame: FrameType | None) -> None:
+    """SIGTERM reaches every process of a preempted job: the trainer must still get the batch that it waits for."""
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.alarm(_SECONDS_AFTER_SIGTERM)

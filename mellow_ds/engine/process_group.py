@@ -1,0 +1,47 @@
+"""The process group of a run: made once from the `World`, with a time-out, ended in order."""
+
+import datetime
+import os
+
+import torch
+import torch.distributed as dist
+
+from mellow_ds.errors import ConfigError
+from mellow_ds.world import World
+
+_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others is told so
+
+
+def start_process_group(world: World, backend: str = "") -> torch.device:
+    """Join the run's process group and return this rank's device."""
+    use_gpu = torch.cuda.is_available() and backend != "gloo"
+    if backend == "nccl" and not torch.cuda.is_available():
+        raise ConfigError("--distributed-backend nccl needs a GPU, and this process sees none: use gloo")
+    if use_gpu and world.local_rank >= torch.cuda.device_count():
+        raise ConfigError(
+            f"local rank {world.local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
+            "start at most one process a GPU"
+        )
+    device = torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+    if use_gpu:
+        torch.cuda.set_device(device)
+    backend = backend or ("nccl" if use_gpu else "gloo")
+    if world.size == 1:
+        store = dist.HashStore()
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+        # DeepSpeed reads these even where the group exists already
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
+        return device
+    address, port = world.rendezvous(os.environ)
+    os.environ.update(
+        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
+        MASTER_ADDR=address, MASTER_PORT=str(port),
+    )  # fmt: skip
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    return device
+
+
+def stop_process_group() -> None:
+    """Leave the group; ranks leave together, so that none looks failed to the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

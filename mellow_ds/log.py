@@ -1,0 +1,35 @@
+"""One clear log a run: rank 0 speaks and writes the run's file, the others are quiet below WARNING."""
+
+import logging
+import sys
+from pathlib import Path
+
+from mellow_ds.world import World
+
+_FORMAT = "%(asctime)s %(levelname)s %(message)s"
+
+
+class _StderrAboveProgressBar(logging.Handler):
+    """Writes through tqdm, so that a line does not cut a progress bar in two."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def setup_logging(world: World, file: Path | None = None) -> logging.Logger:
+    """Configure and return the project's logger; `file` (rank 0 only) is appended to."""
+    logger = logging.getLogger("mellow_ds")
+    logger.handlers.clear()
+    logger.propagate = False
+    logger.setLevel(logging.INFO if world.is_main else logging.WARNING)
+    prefix = "" if world.is_main else f"[rank {world.rank}] "
+    formatter = logging.Formatter(prefix + _FORMAT, datefmt="%H:%M:%S")
+    handlers: list[logging.Handler] = [_StderrAboveProgressBar()]
+    if file is not None and world.is_main:
+        handlers.append(logging.FileHandler(file, encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        logger.addHandler(handler)
+    return logger

@@ -1,0 +1,12 @@
+"""Train, or evaluate a checkpoint: a shim over `mellow_ds.cli.train`.
+
+It is here so that `deepspeed --hostfile hosts train.py ...`, `torchrun train.py ...` and `srun python train.py ...`
+work from a clone that is not installed: Python puts the folder of the script it runs first on its path.
+"""
+
+import sys
+
+from mellow_ds.cli.train import main
+
+if __name__ == "__main__":  # worker processes of the data loader may import this file again
+    sys.exit(main())
