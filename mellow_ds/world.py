@@ -17,6 +17,8 @@ _LAUNCHER_VARIABLES = {
     "OpenMPI": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
     "MPICH": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),
 }
+# of torchrun, DeepSpeed, OpenMPI, MPICH; where none is set, all processes are taken to be on this host
+_LOCAL_SIZE_VARIABLES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "MPI_LOCALNRANKS")
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class World:
     size: int = 1  # processes of the run
     local_rank: int = 0  # 0 .. processes of this host - 1; picks the GPU
     launcher: str = "none"  # who set the variables, for messages
+    local_size: int = 1  # processes of the run on this host
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.size:
@@ -58,7 +61,9 @@ class World:
                 missing = size_name if found[0] == rank_name else rank_name
                 raise ConfigError(f"{found[0]} is set but {missing} is not: set both, or neither for a single process")
             local_rank = _int(env, local_name) if local_name in env else 0
-            return cls(_int(env, rank_name), _int(env, size_name), local_rank, launcher)
+            rank, size = _int(env, rank_name), _int(env, size_name)
+            local_size = next((_int(env, name) for name in _LOCAL_SIZE_VARIABLES if name in env), size)
+            return cls(rank, size, local_rank, launcher, local_size)
         return cls()
 
     def rendezvous(self, environ: Mapping[str, str]) -> tuple[str, int]:

@@ -35,7 +35,7 @@ def parse_run_arguments(arguments: list[str], program: str, mode: str = "") -> R
     parser.add_argument("--distributed-backend", dest="distributed_backend", help="nccl or gloo")
     parser.add_argument("--local_rank", "--local-rank", help=argparse.SUPPRESS)  # the deepspeed launcher appends it
     known, rest = parser.parse_known_args(arguments)
-    overrides = _pairs(rest)
+    overrides = read_overrides(rest)
     for key, value in (("resume_checkpoint", known.checkpoint_path), ("save_dir", known.save_dir),
                        ("distributed_backend", known.distributed_backend), ("mode", mode)):  # fmt: skip
         if value:
@@ -43,7 +43,7 @@ def parse_run_arguments(arguments: list[str], program: str, mode: str = "") -> R
     return load_run_config(known.config, overrides)
 
 
-def _pairs(rest: list[str]) -> dict[str, str]:
+def read_overrides(rest: list[str]) -> dict[str, str]:
     """`--a.b 1 --c=2` as {"a.b": "1", "c": "2"}; several values after a key make a list."""
     pairs: dict[str, str] = {}
     position = 0

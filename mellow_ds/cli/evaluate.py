@@ -1,7 +1,6 @@
 """`--mode evaluate_checkpoint` and `mellow-ds evaluate`: score a checkpoint on held-out shards, on all ranks."""
 
 import logging
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ from mellow_ds.world import World
 if TYPE_CHECKING:
     import torch
 
-    from mellow_ds.data.batch import Batch
-    from mellow_ds.data.examples import EvalExample
     from mellow_ds.prompt import Layout
 
 _log = logging.getLogger("mellow_ds.cli")
@@ -58,41 +55,20 @@ def evaluate_model(
     folders = config.data.eval_shards or config.data.shards
     reader = ShardReader(folders, config.data.sampling_rate)
 
-    def open_stream() -> EvalStream:
+    def open_stream(silent: bool) -> EvalStream:
         return EvalStream(
             reader, tokenizer, layout, config.data, config.evaluation.batch_size, world,
-            max_examples=config.evaluation.max_examples, num_workers=config.train.num_workers,
+            max_examples=config.evaluation.max_examples, silence_audio=silent, num_workers=config.train.num_workers,
         )  # fmt: skip
 
-    batches = _Batches(open_stream)
-    _log.info("evaluating %d examples of %s", batches.num_examples, ", ".join(folders))
+    num_examples = min(config.evaluation.max_examples or reader.num_examples, reader.num_examples)
+    _log.info("evaluating %d examples of %s", num_examples, ", ".join(folders))
     results = evaluate(
-        model, batches, tokenizer, world, config.evaluation, out,
-        num_expected=batches.num_examples, end_id=layout.end_id, device=device, barrier=dist.barrier,
+        model, open_stream, tokenizer, world, config.evaluation, out,
+        num_expected=num_examples, end_id=layout.end_id, device=device, barrier=dist.barrier,
         about={**about, "shards": list(folders), "fingerprint": reader.fingerprint},
     )  # fmt: skip
     if world.is_main:
         print(format_results(results), flush=True)
         _log.info("results: %s", out / "results.json")
     return results
-
-
-class _Batches:
-    """The evaluation batches, as often as they are asked for: a second pass compares with silence."""
-
-    def __init__(self, open_stream: Any) -> None:
-        self._open_stream = open_stream
-        stream = open_stream()
-        self.num_examples = stream.num_examples
-        self._num_batches = len(stream)
-        stream.close()
-
-    def __len__(self) -> int:
-        return self._num_batches
-
-    def __iter__(self) -> "Iterator[tuple[Batch, Sequence[EvalExample]]]":
-        stream = self._open_stream()
-        try:
-            yield from stream
-        finally:
-            stream.close()

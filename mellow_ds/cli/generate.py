@@ -1,32 +1,29 @@
-"""`mellow-ds generate`: answer a question about audio files."""
+"""`mellow-ds generate`: answer questions about audio files."""
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mellow_ds.errors import EXIT_DONE, ConfigError
+
+if TYPE_CHECKING:
+    from mellow_ds.packing.records import Record
 
 _EXAMPLES = """
 examples:
   mellow-ds generate --checkpoint RUN/checkpoints/step-000200 --audio bell.wav --prompt "what sound is heard?"
   mellow-ds generate --checkpoint RUN/checkpoints/step-000200 --audio a.wav --audio b.wav \\
     --prompt "explain the difference in few words"
+  mellow-ds generate --checkpoint RUN/checkpoints/step-000200 --examples test.json --audio-root audio --num-examples 3
 """
 
 
 def main(arguments: list[str], program: str) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Answer a question about one or more audio files.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--checkpoint", required=True, type=Path, help="step folder of a run, or a converted model")
-    parser.add_argument("--audio", required=True, action="append", type=Path, help="a clip; give it again for a second")
-    parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
-    options = parser.parse_args(arguments)
-    for path in options.audio:
+    options = _parser(program).parse_args(arguments)
+    if bool(options.examples) == bool(options.audio and options.prompt):
+        raise ConfigError("give --audio and --prompt for your own question, or --examples FILE.json")
+    for path in options.audio or []:
         if not path.is_file():
             raise ConfigError(f"--audio {path} is not there")
     if not options.checkpoint.is_dir():
@@ -38,5 +35,44 @@ def main(arguments: list[str], program: str) -> int:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     model, processor = load_model_folder(options.checkpoint, device)
-    print(generate_answer(model, processor, options.audio, options.prompt, options.max_new_tokens))
+
+    def answer(audio: list[Path], prompt: str) -> str:
+        return generate_answer(model, processor, audio, prompt, options.max_new_tokens)
+
+    if not options.examples:
+        print(answer(options.audio, options.prompt))
+        return EXIT_DONE
+    for record in _spread(options.examples, options.num_examples):
+        print(f"audio     {', '.join(record.paths)}")
+        print(f"question  {record.input}")
+        print(f"reference {record.answer}")
+        print(f"answer    {answer([options.audio_root / clip for clip in record.paths], record.input)}\n")
     return EXIT_DONE
+
+
+def _parser(program: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Answer a question about one or more audio files.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--checkpoint", required=True, type=Path, help="step folder of a run, or a converted model")
+    parser.add_argument("--audio", action="append", type=Path, help="a clip; give it again for a second")
+    parser.add_argument("--prompt", help="the question")
+    parser.add_argument("--examples", type=Path, help="take questions from this JSON file (ReasonAQA format)")
+    parser.add_argument("--audio-root", type=Path, default=Path(), help="folder that the JSON's paths are relative to")
+    parser.add_argument("--num-examples", type=int, default=3, help="questions taken from --examples (default 3)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
+    return parser
+
+
+def _spread(path: Path, number: int) -> "list[Record]":
+    """`number` records of different subtypes where there are so many, spread over the file."""
+    from mellow_ds.packing.records import read_records
+
+    by_subtype: dict[str, Record] = {}
+    records = read_records([path]).records
+    for record in records:
+        by_subtype.setdefault(record.subtype, record)
+    return (list(by_subtype.values()) + records)[:number]

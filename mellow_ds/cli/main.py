@@ -10,6 +10,7 @@ COMMANDS = {
     "train": ("mellow_ds.cli.train", "train on shards (the same as train.py)"),
     "evaluate": ("mellow_ds.cli.evaluate", "score a checkpoint on held-out shards"),
     "generate": ("mellow_ds.cli.generate", "answer a question about audio files"),
+    "report": ("mellow_ds.cli.report", "show what a run came to"),
     "convert": ("mellow_ds.cli.convert", "bring a checkpoint of the original Mellow here"),
 }
 
@@ -33,6 +34,10 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_USER
     from importlib import import_module
 
+    from mellow_ds.log import setup_logging
+    from mellow_ds.world import World
+
+    setup_logging(World())
     module = import_module(COMMANDS[name][0])
     return run_command(lambda: int(module.main(rest, f"mellow-ds {name}")))
 

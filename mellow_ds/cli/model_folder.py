@@ -20,6 +20,7 @@ def load_model_folder(
     A step folder's files are checked against their hashes first.
     """
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from mellow_ds.checkpoint import FILES_NAME, verify_checkpoint
     from mellow_ds.model.modeling import MellowForConditionalGeneration
@@ -30,6 +31,7 @@ def load_model_folder(
             raise CheckpointError(f"{folder} has no {name}: name a step folder, such as RUN/checkpoints/step-000200")
     if (folder / FILES_NAME).is_file():
         verify_checkpoint(folder)
+    disable_progress_bar()
     try:
         model = MellowForConditionalGeneration.from_pretrained(folder, local_files_only=True)
         processor = MellowProcessor.from_pretrained(folder, local_files_only=True)

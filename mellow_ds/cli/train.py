@@ -59,6 +59,11 @@ def check_inputs(config: RunConfig, world: World) -> None:
         return
     if not config.resume_checkpoint:
         raise ConfigError("mode evaluate_checkpoint needs --checkpoint_path, such as RUN/checkpoints/step-000200")
+    if Path(config.resume_checkpoint).is_file():
+        raise ConfigError(
+            f"--checkpoint_path {config.resume_checkpoint} is a file: name a step folder; a checkpoint of the original "
+            "Mellow is converted first with mellow-ds convert --from-mellow"
+        )
     if not Path(config.resume_checkpoint).is_dir():
         raise ConfigError(f"--checkpoint_path {config.resume_checkpoint} is not there: name a step folder of a run")
     _check_shards(config, config.data.eval_shards or config.data.shards, "data.eval_shards")

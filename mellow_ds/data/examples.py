@@ -65,7 +65,7 @@ class LoadedBatch:
     """A micro-batch with what is known of it."""
 
     batch: Batch
-    examples: tuple[EvalExample, ...]  # in row order
+    examples: tuple[EvalExample, ...]  # in row order; none in training
     stats: LoadStats
 
     def pin_memory(self) -> "LoadedBatch":
@@ -145,7 +145,8 @@ class BatchBuilder:
             skipped_examples=len(places) - len(rows),
             bad_samples=tuple(reading.bad.values()),
         )
-        return LoadedBatch(batch, tuple(example.evaluated() for example in kept), stats)
+        examples = () if self.seed is not None else tuple(example.evaluated() for example in kept)
+        return LoadedBatch(batch, examples, stats)
 
     def _find(self, reading: "_Reading", shard: int, number: int, epoch: int) -> _Found | None:
         """Read one example; None where a sample of it is bad."""
@@ -197,10 +198,9 @@ class BatchBuilder:
             if sample is None or self.silence_audio:
                 out[:] = 0.0
             else:
-                info = sample.info
-                start = crop_start(info.num_frames, self.clip_samples, self.seed, epoch, key)
+                start = crop_start(sample.num_frames, self.clip_samples, self.seed, epoch, key)
                 try:
-                    decode_window(sample.audio, self.reader.sampling_rate, info.num_frames, start, out)
+                    decode_window(sample.audio, self.reader.sampling_rate, sample.num_frames, start, out)
                 except AudioError as error:
                     reading.bad[sample.place] = BadSampleError(sample.place, "audio", f"{error}; build the shards anew")
                     continue

@@ -4,11 +4,11 @@ Processes start by `forkserver`: forking a process that holds CUDA or running th
 once, in the fork server. An error in a loader process comes out of the iterator as the exception that it was.
 """
 
-import ctypes
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
-import sys
+import threading
 import traceback
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -22,7 +22,6 @@ from mellow_ds.errors import FaultError, MellowError
 
 Item = TypeVar("Item")
 
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _SECONDS_AFTER_SIGTERM = 60  # a preempted job's trainer still finishes its step and saves
 
 
@@ -119,11 +118,19 @@ def _start_worker(_: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _end_soon)
-    if sys.platform == "linux":
-        # the parent is the fork server, which ends when the trainer does, however that ended
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() == 1:
-            os._exit(1)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """End when the trainer has gone, however that came.
+
+    The parent of this process is the fork server, which lives as long as any of its children: neither a signal at the
+    parent's death nor a look at the parent's id would ever tell. The pipe to the trainer does.
+    """
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None, "a loader process has a parent"
+    multiprocessing.connection.wait([trainer.sentinel])
+    os._exit(1)
 
 
 def _end_soon(_signal_number: int, _frame: FrameType | None) -> None:

@@ -25,8 +25,8 @@ from mellow_ds.errors import ConfigError
 from mellow_ds.world import World
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment (Steele, Lea, Flood 2014)
-_FEISTEL_ROUNDS = 6  # 4 make a random permutation of a random function (Luby, Rackoff 1988); small sizes need more
-_MIN_SIDE = 8  # with a smaller square, some permutations of 5 things come up more often than others
+_FEISTEL_ROUNDS = 8  # 4 make a random permutation of a random function (Luby, Rackoff 1988); small sizes need more
+_MIN_SIDE = 4  # with a smaller square or fewer rounds, some permutations of 5 things come up more often than others
 _SHARDS, _EXAMPLES = 1, 2  # what a key permutes
 
 
@@ -141,7 +141,7 @@ def permute(indices: np.ndarray, size: int | np.ndarray, key: np.ndarray) -> np.
     """Where a keyed permutation of 0 .. size - 1 puts each of `indices`, int64 [n]; `size` and `key` may be arrays [n].
 
     A Feistel network over the cells of a square a little larger than `size`, walked along its cycle until it is below
-    `size` (Black, Rogaway 2002): no table, hardly any walking from a size of 64 on, the same in every numpy.
+    `size` (Black, Rogaway 2002): no table, hardly any walking from a size of 16 on, the same in every numpy.
     """
     size = np.broadcast_to(np.asarray(size, dtype=np.uint64), indices.shape)
     key = np.broadcast_to(key, indices.shape)

@@ -9,6 +9,7 @@ import os
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -65,9 +66,27 @@ class Sample:
     """A clip as it is stored, with its questions."""
 
     place: Place
+    num_frames: int  # as the index says
+    num_questions: int  # as the index says
     audio: memoryview  # a FLAC or WAV file
-    info: SampleInfo
-    num_bytes: int  # read from the shard
+    text: memoryview  # the JSON
+
+    @property
+    def num_bytes(self) -> int:
+        """Read from the shard."""
+        return len(self.audio) + len(self.text)
+
+    @cached_property
+    def info(self) -> SampleInfo:
+        """The JSON, parsed when first asked for: of a second clip hardly ever. Raises `BadSampleError`."""
+        try:
+            info = SampleInfo.from_json(bytes(self.text), str(self.place))
+        except ShardError as error:
+            raise BadSampleError(self.place, "json", str(error).removeprefix(f"{self.place}: ")) from None
+        if (info.key, info.num_frames, len(info.questions)) != (self.place.key, self.num_frames, self.num_questions):
+            problem = "its key, length or questions are not those in the index: build the shards anew"
+            raise BadSampleError(self.place, "json", problem)
+        return info
 
 
 @dataclass(frozen=True)
@@ -144,14 +163,7 @@ class ShardReader:
         if sample_checksum(audio, text) != int(entry["checksum"]):
             problem = "its checksum is not the one in the index: the file is damaged or was replaced"
             raise BadSampleError(place, "checksum", f"{problem}; copy it again or build the shards anew")
-        try:
-            info = SampleInfo.from_json(bytes(text), str(place))
-        except ShardError as error:
-            raise BadSampleError(place, "json", str(error).removeprefix(f"{place}: ")) from None
-        counted = (place.key, int(entry["num_frames"]), int(entry["num_questions"]))
-        if (info.key, info.num_frames, len(info.questions)) != counted:
-            raise BadSampleError(place, "json", "its key, length or questions are not those in the index: build anew")
-        return Sample(place, audio, info, len(audio) + len(text))
+        return Sample(place, int(entry["num_frames"]), int(entry["num_questions"]), audio, text)
 
     def infos(self, shard: int) -> Iterable[SampleInfo]:
         """The JSON of every sample of a shard, in the order of storage; audio is not read and nothing is checked."""

@@ -163,9 +163,12 @@ class EvalStream:
 
     def __iter__(self) -> Iterator[tuple[Batch, list[EvalExample]]]:
         """Batches with what is known of their rows; once. Raises `ShardError` at the first bad sample."""
-        for loaded in self._loader:
-            self._bad.count(loaded.stats)
-            yield loaded.batch, list(loaded.examples)
+        try:
+            for loaded in self._loader:
+                self._bad.count(loaded.stats)
+                yield loaded.batch, list(loaded.examples)
+        finally:
+            self.close()
 
     def close(self) -> None:
         """End the loader processes."""

@@ -177,19 +177,23 @@ class DeepSpeedEngine:
         if not num_updates:
             return
         inner = self._inner_optimizer()
-        for group in inner.param_groups:
-            if not isinstance(inner, torch.optim.Optimizer) or type(inner).__name__ == "FusedAdam":
+        torch_counts = isinstance(inner, torch.optim.Adam)  # AdamW is one
+        if type(inner).__name__ == "FusedAdam":
+            for group in inner.param_groups:
                 group["step"] = num_updates  # DeepSpeed's FusedAdam counts once a group
-            for parameter in group["params"]:
-                state = inner.state[parameter]
-                state["step"] = (
-                    torch.tensor(float(num_updates), device=parameter.device if parameter.is_cuda else "cpu")
-                    if isinstance(inner, torch.optim.Adam | torch.optim.AdamW)
-                    else num_updates
-                )
-                for key in MOMENTS:
-                    state[key] = torch.zeros_like(parameter.data, dtype=torch.float32)
+        for master in self._masters():
+            count = torch.tensor(float(num_updates), device=master.device) if torch_counts else num_updates
+            inner.state[master]["step"] = count
+            for key in MOMENTS:
+                inner.state[master][key] = torch.zeros_like(master.data, dtype=torch.float32)
         self._link_moments()
+
+    def _masters(self) -> list[torch.Tensor]:
+        """This rank's float32 tensors that the inner optimizer updates."""
+        if self._stage == 3:
+            # the groups of the inner optimizer are filled only while it steps
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [master for group in self._inner_optimizer().param_groups for master in group["params"]]
 
     def _link_moments(self) -> None:
         """Let every parameter find its piece of the partitioned moments (ZeRO 1 and 2).

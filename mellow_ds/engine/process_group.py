@@ -25,6 +25,9 @@ def start_process_group(world: World, backend: str = "") -> torch.device:
     device = torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        # ranks of a host share its cores: with all cores for each they wait for one another
+        torch.set_num_threads(max(len(os.sched_getaffinity(0)) // world.local_size, 1))
     backend = backend or ("nccl" if use_gpu else "gloo")
     if world.size == 1:
         store = dist.HashStore()

@@ -61,7 +61,7 @@ class EvalExample(Protocol):
 class EvalBatches(Protocol):
     """One rank's batches with their examples in row order, to be iterated once (`mellow_ds.data.stream.EvalStream`)."""
 
-    def __iter__(self) -> Iterator[tuple["Batch", list[EvalExample]]]:
+    def __iter__(self) -> Iterator[tuple["Batch", Sequence[EvalExample]]]:
         """Left-padded prefixes without answers."""
 
     def close(self) -> None:
@@ -210,7 +210,7 @@ def answer_text(row: list[int], tokenizer: TextDecoder, end_id: int, max_new_tok
 
 def _with_progress(
     batches: EvalBatches, world: World, num_expected: int
-) -> Iterator[tuple["Batch", list[EvalExample]]]:
+) -> Iterator[tuple["Batch", Sequence[EvalExample]]]:
     """The same batches; rank 0 shows how far it is: a bar in a terminal, else a line now and then."""
     if not world.is_main:
         yield from batches

@@ -54,11 +54,14 @@ def load_tokenizer(
                 "model.decoder.text_decoder is from-config, but there are no texts to train a tokenizer on"
             )
         return train_tokenizer(texts(), model_config.decoder.vocab_size)
-    own = load_decoder_tokenizer(decoder) if not named or named != decoder else None
-    if not named:
-        return own
+    if not named or named == decoder:
+        return load_decoder_tokenizer(decoder)
     chosen = load_named_tokenizer(named, "data.tokenizer_type")
-    if own is not None and chosen.get_vocab() != own.get_vocab():
+    try:
+        own = load_decoder_tokenizer(decoder)
+    except ConfigError:
+        return chosen  # a decoder without a tokenizer of its own, which is what data.tokenizer_type is for
+    if chosen.get_vocab() != own.get_vocab():
         raise ConfigError(
             f"data.tokenizer_type '{named}' gives other ids than the tokenizer of model.decoder.text_decoder "
             f"'{decoder}': leave data.tokenizer_type empty"
@@ -92,8 +95,10 @@ def build_layout(model_config: ModelConfig, data_config: DataConfig, tokenizer: 
             f"set it to {HTSAT_REPEATED_TOKENS}"
         )
     suffix = tokenizer(f" {END_OF_TEXT}", add_special_tokens=False)["input_ids"]
-    (pad_id,) = tokenizer("!", add_special_tokens=False)["input_ids"]
-    return Layout(**common, num_clips=_MELLOW_NUM_CLIPS, prompt_suffix=tuple(suffix), prompt_pad_id=pad_id)
+    pad = tokenizer("!", add_special_tokens=False)["input_ids"]
+    if len(pad) != 1:
+        raise ConfigError("model.layout is mellow, which pads with the token '!', but the tokenizer has no such token")
+    return Layout(**common, num_clips=_MELLOW_NUM_CLIPS, prompt_suffix=tuple(suffix), prompt_pad_id=pad[0])
 
 
 def build_encoder_config(model_config: ModelConfig, data_config: DataConfig) -> MellowEncoderConfig:

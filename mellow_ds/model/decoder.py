@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 
 from mellow_ds.config.schema import DecoderConfig
 from mellow_ds.errors import ConfigError
@@ -112,7 +113,9 @@ def _load_gguf(file: Path) -> PreTrainedModel:
     except (OSError, ValueError) as error:
         raise ConfigError(_cannot_load(str(file), error)) from error
     # what comes out counts as quantized and refuses to be saved, though its weights are plain float32 by now
-    model = AutoModelForCausalLM.from_config(_plain(loaded.config), dtype=torch.float32)
+    with no_init_weights():  # drawing 135 million numbers to overwrite them takes 4 s
+        model = AutoModelForCausalLM.from_config(_plain(loaded.config), dtype=torch.float32)
+    model.tie_weights()
     model.load_state_dict(loaded.state_dict())
     return model
 

@@ -82,7 +82,9 @@ class WaveformEncoder(nn.Module):
 
     def __init__(self, config: MellowEncoderConfig) -> None:
         super().__init__()
-        self.net = AutoModel.from_config(AutoConfig.for_model(**config.trunk))
+        # no masking and no skipped layers: every weight takes part in every step, on every rank
+        always = {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
+        self.net = AutoModel.from_config(AutoConfig.for_model(**{**config.trunk, **always}))
         self.audio_tokens = config.audio_tokens
 
     def forward(self, waveforms: torch.Tensor) -> AudioFeatures:
@@ -104,7 +106,8 @@ def build_encoder(config: MellowEncoderConfig) -> nn.Module:
 
 def load_waveform_weights(encoder: WaveformEncoder, name: str) -> None:
     """The pretrained weights of the transformers model `name` (hub name or local folder) into a `WaveformEncoder`."""
-    encoder.net.load_state_dict(AutoModel.from_pretrained(name, dtype=torch.float32).state_dict())
+    pretrained = AutoModel.from_pretrained(name, config=encoder.net.config, dtype=torch.float32)
+    encoder.net.load_state_dict(pretrained.state_dict())
 
 
 def count_audio_tokens(config: MellowEncoderConfig, clip_samples: int | None = None) -> int:
@@ -143,6 +146,8 @@ def _check_htsat(config: MellowEncoderConfig) -> None:
             f"a clip gives {frames} frames, but HTSAT takes at most {Htsat.max_frames}: "
             "lower data.segment_seconds or raise model.encoder.hop_size"
         )
+    if config.mel_bins != Htsat.mel_bins:
+        raise ConfigError(f"model.encoder.mel_bins is {config.mel_bins}, but HTSAT takes {Htsat.mel_bins} mel bands")
     width = config.trunk.get("patch_embeds_hidden_size", 96) * 8
     if config.out_emb != width:
         raise ConfigError(f"model.encoder.out_emb is {config.out_emb}, but HTSAT's embeddings have {width} numbers")

@@ -10,15 +10,17 @@ from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
 from mellow_ds.model.configuration import MellowEncoderConfig
 
-_MAX_FRAMES = 1024  # the trunk folds 1,024 frames of 64 bands into a 256 x 256 image; fewer are stretched to that
+# the trunk folds 1,024 frames of 64 bands into a 256 x 256 image; fewer frames are stretched to that
+_MEL_BINS = 64
+_MAX_FRAMES = 1024
 
 
 def trunk_config(config: MellowEncoderConfig) -> ClapAudioConfig:
     """The Swin trunk: AudioSet's sizes unless `config.trunk` says otherwise; stochastic depth 0.1 as published."""
     fields = {
-        "spec_size": 4 * config.mel_bins,
+        "spec_size": 256,
         "patch_stride": [4, 4],
-        "num_mel_bins": config.mel_bins,
+        "num_mel_bins": _MEL_BINS,
         "window_size": 8,
         "hidden_dropout_prob": 0.0,
         "drop_path_rate": 0.1,
@@ -30,6 +32,7 @@ def trunk_config(config: MellowEncoderConfig) -> ClapAudioConfig:
 class Htsat(nn.Module):
     """Log-mel spectrogram to a latent of the clip and class logits of 32 frames."""
 
+    mel_bins = _MEL_BINS
     max_frames = _MAX_FRAMES
 
     def __init__(self, config: MellowEncoderConfig) -> None:

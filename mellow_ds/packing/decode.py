@@ -32,6 +32,7 @@ MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz
 MAX_SECONDS = 3_600
 MAX_SOURCE_FRAMES = MAX_SECONDS * 48_000  # 0.7 GB of float32 mono; at higher rates the longest clip is shorter
 
+_LOUDEST = 2.0**32  # full scale is 1; a float file may hold integers as they are; beyond is noise in the bytes
 _BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
 _KERNEL_ENTRIES = 2_000_000  # of the resampling filter: 16 MB; unreduced, 44,101 to 32,000 Hz would take 11 GB
 _UNKNOWN_LENGTH = 0x7FFF0000  # a chunk length from here on is a placeholder of a writer that could not seek back
@@ -97,7 +98,7 @@ def decode_mono(payload: bytes) -> tuple[np.ndarray, int]:
             block = block[: header.num_frames - num_read]
             if not len(block):
                 raise BadClip("cut short", f"{num_read} frames of {header.num_frames}")
-            if not np.isfinite(block).all():
+            if not (np.abs(block) < _LOUDEST).all():  # false for NaN too
                 raise BadClip("samples are not finite")
             mono[num_read : num_read + len(block)] = block.mean(axis=1)
             num_read += len(block)

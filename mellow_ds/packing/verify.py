@@ -71,7 +71,7 @@ def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo, bar: Any) 
     path = folder / shard.name
     try:
         rows = read_index(folder, shard)
-    except (ShardError, ValueError) as error:
+    except (ShardError, ValueError, OSError, EOFError) as error:
         found.problems.append(str(error))
         rows = None
     try:
@@ -130,8 +130,11 @@ def _verify_samples(
 def _read_member(tar: BinaryIO, offset: int, num_bytes: int) -> bytes:
     if num_bytes > MAX_MEMBER_BYTES:
         raise _Damaged(f"the index says {num_bytes} bytes; a member has at most {MAX_MEMBER_BYTES}")
-    tar.seek(offset)
-    payload = tar.read(num_bytes)
+    try:
+        tar.seek(offset)
+        payload = tar.read(num_bytes)
+    except OSError as error:  # an offset that no file can have, or a bad disk
+        raise _Damaged(f"it cannot be read ({error.strerror})") from None
     if len(payload) < num_bytes:
         raise _Damaged("the tar ends within it")
     return payload

@@ -65,8 +65,8 @@ def _write_in_processes(
                 "finished shards are kept"
             ) from None
         except BaseException:
-            stop.set()
-            pool.shutdown(wait=False, cancel_futures=True)
+            stop.set()  # heard after the clip that is being packed
+            pool.shutdown(wait=True, cancel_futures=True)
             raise
     return [future.result() for future in futures]
 

@@ -32,8 +32,8 @@ SIZES = {
 }
 
 PINNED = (
-    [(2, 0), (2, 6), (1, 3), (2, 8), (2, 5), (2, 2), (0, 4), (0, 6)],
-    [(2, 3), (0, 3), (2, 6), (0, 5), (3, 2), (3, 3), (3, 1), (1, 3)],
+    [(2, 2), (1, 3), (2, 6), (1, 1), (2, 5), (2, 7), (0, 5), (3, 2)],
+    [(2, 6), (0, 2), (2, 8), (2, 5), (1, 0), (1, 1), (3, 3), (1, 3)],
 )
 
 
@@ -55,7 +55,7 @@ def as_tuples(examples: np.ndarray) -> list[tuple[int, int]]:
 @pytest.mark.parametrize("window", [1, 4, 1000])
 def test_every_example_is_seen_once_an_epoch(name: str, shuffle: bool, runs: int, window: int) -> None:
     order = Order(SIZES[name], seed=3, shuffle=shuffle, window_shards=window, num_runs=runs)
-    for size, epoch in itertools.product((1, 7, 64, 1000), (0, 1)):
+    for size, epoch in itertools.product((7, 64, 1000), (0, 1)):
         steps = [
             examples_of_step(order, size, epoch, step) for step in range(steps_per_epoch(order.num_examples, size))
         ]
@@ -178,7 +178,7 @@ def test_permute_takes_sizes_and_keys_by_element() -> None:
 
 def test_all_permutations_of_five_things_are_equally_likely() -> None:
     """Chi-squared over the 120 permutations, 119 degrees of freedom: above 181 once in 5,000 for uniform ones."""
-    draws = 24_000
+    draws = 12_000
     keys = np.repeat(np.random.default_rng(1).integers(0, 2**63, draws, dtype=np.uint64), 5)
     found = permute(np.tile(np.arange(5), draws), 5, keys).reshape(draws, 5)
     counts = np.array(list(Counter(map(bytes, found.astype(np.uint8))).values()))
@@ -198,8 +198,8 @@ def test_neighbours_of_a_large_permutation_are_unrelated() -> None:
 def test_shards_of_an_epoch_are_permuted() -> None:
     """Each of 4 shards leads the sequence in about a quarter of the epochs."""
     order = Order((1, 1, 1, 1), window_shards=1, num_runs=1)
-    leaders = Counter(int(examples_of_step(order, 1, epoch, 0)[0, 0]) for epoch in range(800))
-    assert all(150 < leaders[shard] < 250 for shard in range(4))
+    leaders = Counter(int(examples_of_step(order, 1, epoch, 0)[0, 0]) for epoch in range(400))
+    assert all(70 < leaders[shard] < 130 for shard in range(4))
 
 
 def test_seeking_costs_the_same_everywhere() -> None:

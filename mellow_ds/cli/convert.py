@@ -1,0 +1,46 @@
+"""`mellow-ds convert`: bring a checkpoint of the original Mellow here."""
+
+import argparse
+from pathlib import Path
+
+from mellow_ds.cli.arguments import read_overrides
+from mellow_ds.config.load import load_run_config
+from mellow_ds.errors import EXIT_DONE, ConfigError
+
+_EXAMPLES = """
+The kind and sizes of the encoder come from the checkpoint; --config (default: mellow) and keys after it say which
+decoder and tokenizer belong to it. The folder works with mellow-ds generate and evaluate, and with from_pretrained.
+Nothing in the file is executed: one that holds more than tensors is refused.
+
+Weights of an audio encoder alone (HTSAT_AudioSet_Saved_1.ckpt, Cnn14_mAP=0.431.pth) need no conversion: name them in
+model.encoder.pretrained_audioencoder_path and set model.encoder.use_pretrained_audioencoder true.
+
+examples:
+  mellow-ds convert --from-mellow v0.ckpt --out mellow-converted
+  mellow-ds convert --from-mellow run.ckpt --out converted --config mellow-gpt2
+  mellow-ds convert --from-mellow v0.ckpt --out converted --model.decoder.text_decoder /models/SmolLM2-135M
+"""
+
+
+def main(arguments: list[str], program: str) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Write a checkpoint of the original Mellow as a model folder of this project.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--from-mellow", required=True, type=Path, metavar="CKPT", help="checkpoint that Mellow saved")
+    parser.add_argument("--out", required=True, type=Path, help="folder to write")
+    parser.add_argument("--config", default="mellow", help="recipe or YAML file that names the decoder")
+    known, rest = parser.parse_known_args(arguments)
+    config = load_run_config(known.config, read_overrides(rest))
+    if not known.from_mellow.is_file():
+        raise ConfigError(f"--from-mellow {known.from_mellow} is not there")
+    if known.out.exists() and any(known.out.iterdir()):
+        raise ConfigError(f"--out {known.out} is there and not empty: choose a new folder")
+    from mellow_ds.model.convert import convert_mellow
+
+    print(convert_mellow(known.from_mellow, known.out, config.model, config.data))
+    return EXIT_DONE

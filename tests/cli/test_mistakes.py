@@ -1,0 +1,93 @@
+"""What people get wrong: one clear line, exit code 2, no traceback, before torch is imported where that can be."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mellow_ds.cli.main import main
+from mellow_ds.cli.train import main as train_main
+
+Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(autouse=True)
+def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that train.py says before it ends with code 2."""
+    assert train_main([str(a) for a in arguments]) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    return lines[0]
+
+
+def test_unknown_recipe_and_key(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "did you mean 'digits'?" in refused(capsys, "--config", "digit")
+    assert "did you mean train.batch_size?" in refused(capsys, "--config", "digits", "--train.batchsize", 3)
+    assert "stands alone" in refused(capsys, "--config", "digits", "train.batch_size=3")
+    assert "--train.batch_size has no value" in refused(capsys, "--config", "digits", "--train.batch_size")
+
+
+def test_missing_shards_name_the_command_that_makes_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    line = refused(capsys, "--config", "digits", "--data.datafiles", "a.json", "--data.datapath", "audio")
+    assert "mellow-shards build --json a.json --audio-root audio --out SHARDS" in line
+    missing = tmp_path / "none"
+    assert f"shard folder {missing} is not there" in refused(capsys, "--config", "digits", "--data.shards", missing)
+
+
+def test_manifest_of_another_version_or_rate(capsys: pytest.CaptureFixture[str], shards: Path, tmp_path: Path) -> None:
+    manifest = json.loads((shards / "train" / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    line = refused(capsys, "--config", "quickstart", "--data.shards", tmp_path)
+    assert "format version 99; this program reads version 1" in line
+    line = refused(capsys, "--config", "quickstart", "--data.shards", shards / "train", "--data.sampling_rate", 16000)
+    assert "holds audio at 32000 Hz but data.sampling_rate is 16000" in line
+
+
+def test_global_batch_below_the_world(
+    capsys: pytest.CaptureFixture[str], shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "40")
+    line = refused(capsys, "--config", "quickstart", "--data.shards", shards / "train")
+    assert "train.global_batch_size is 32, but the run has 40 ranks" in line
+
+
+def test_other_ranks_do_not_repeat_the_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train_main(["--config", "nothing"]) == 2
+    assert capsys.readouterr().err == ""
+
+
+def test_evaluation_without_checkpoint(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "needs --checkpoint_path" in refused(capsys, "--config", "mellow-eval")
+    line = refused(capsys, "--config", "mellow-eval", "--checkpoint_path", tmp_path / "no")
+    assert "is not there: name a step folder" in line
+
+
+def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+    assert main(["generate", "--checkpoint", "nowhere", "--audio", "no.wav", "--prompt", "?"]) == 2
+    assert "error: --audio no.wav is not there" in capsys.readouterr().err
+    assert main(["convert", "--from-mellow", "no.ckpt", "--out", "x"]) == 2
+    assert "--from-mellow no.ckpt is not there" in capsys.readouterr().err
+    assert main(["report", "no-run"]) == 2
+    assert "has no evaluation results" in capsys.readouterr().err
+
+
+def test_wrong_configurations_do_not_wait_for_torch() -> None:
+    code = "import sys; from mellow_ds.cli.train import main; code = main(['--config', 'digits']); "
+    code += "sys.exit(10 if 'torch' in sys.modules else code)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 2
