@@ -3,9 +3,9 @@
 Written from facts about the original (its layout and outputs stand with the parity fixtures): every example is 639
 positions (two clips of 129 tokens, each with a separator, a prompt of 129, an answer of 250), all of them attended to;
 logits of all positions; two clips always, encoded one after the other, a missing one replaced by a distractor; the
-frozen encoder runs in train mode and with grad enabled; generation runs the whole sequence for each token. The blocks (Swin
-trunk, Llama, mel spectrogram) are the same libraries' as in `mellow_ds`, so that what differs is the recipe. SpecAugment
-and the top-p filter before the argmax, which cost next to nothing, are left out.
+frozen encoder runs in train mode and with grad enabled; generation runs the whole sequence for each token. The blocks
+(Swin trunk, Llama, mel spectrogram) are the same libraries' as in `mellow_ds`, so that what differs is the recipe.
+SpecAugment and the top-p filter before the argmax, which cost next to nothing, are left out.
 """
 
 from collections.abc import Iterator

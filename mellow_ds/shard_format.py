@@ -63,7 +63,9 @@ class SampleInfo:
 
     def to_json(self) -> bytes:
         """UTF-8 JSON, the same bytes for the same content."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
+        # vars() and not asdict(): copying every question took a third of the time of packing short clips
+        content = {**vars(self), "questions": [vars(question) for question in self.questions]}
+        return json.dumps(content, ensure_ascii=False, sort_keys=True, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, payload: bytes, where: str) -> "SampleInfo":
@@ -149,6 +151,10 @@ def read_manifest(folder: str | Path) -> Manifest:
     except (TypeError, KeyError) as error:
         raise ShardError(f"{path} lacks or misnames a field ({error}): build the shards anew") from None
     for shard in manifest.shards:
+        if not isinstance(shard.name, str) or not isinstance(shard.num_bytes, int):
+            raise ShardError(
+                f"{path} names a shard by {shard.name!r} of {shard.num_bytes!r} bytes: build the shards anew"
+            )
         if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
             raise ShardError(f"{path} names the shard '{shard.name}', which is not a file name of this folder")
     return manifest

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mellow_ds.errors import EXIT_DONE, EXIT_USER, run_command
+from mellow_ds.log import setup_logging
 from mellow_ds.packing.settings import CODECS, BuildSettings
+from mellow_ds.world import World
 
 if TYPE_CHECKING:
     from mellow_ds.packing.build import Report
@@ -51,6 +53,7 @@ _INSPECT_EXAMPLES = """examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mellow-shards` with `arguments` (None: those of the process); returns the exit code."""
     options = _parser().parse_args(arguments)
+    setup_logging(World())
     return run_command(lambda: options.handler(options))
 
 

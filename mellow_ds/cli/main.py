@@ -5,10 +5,11 @@ import sys
 from mellow_ds import __version__
 from mellow_ds.errors import EXIT_DONE, EXIT_USER, run_command
 
+EVALUATE = "evaluate"  # the train command in another mode
 # name -> (module with `main(arguments, program)`, what it is for)
 COMMANDS = {
     "train": ("mellow_ds.cli.train", "train on shards (the same as train.py)"),
-    "evaluate": ("mellow_ds.cli.evaluate", "score a checkpoint on held-out shards"),
+    EVALUATE: ("mellow_ds.cli.train", "score a checkpoint on held-out shards"),
     "generate": ("mellow_ds.cli.generate", "answer a question about audio files"),
     "report": ("mellow_ds.cli.report", "show what a run came to"),
     "convert": ("mellow_ds.cli.convert", "bring a checkpoint of the original Mellow here"),
@@ -39,7 +40,8 @@ def main(arguments: list[str] | None = None) -> int:
 
     setup_logging(World())
     module = import_module(COMMANDS[name][0])
-    return run_command(lambda: int(module.main(rest, f"mellow-ds {name}")))
+    mode = {"mode": "evaluate_checkpoint"} if name == EVALUATE else {}
+    return run_command(lambda: int(module.main(rest, f"mellow-ds {name}", **mode)))
 
 
 def _help() -> str:

@@ -96,7 +96,7 @@ def run(config: RunConfig, world: World) -> int:
         folder.mkdir(parents=True, exist_ok=True)
     setup_logging(world, folder / "log.txt" if world.is_main else None)
     # from here on torch is needed
-    from mellow_ds.cli.evaluate import evaluate_checkpoint
+    from mellow_ds.cli.evaluation import evaluate_checkpoint
     from mellow_ds.cli.training import train
     from mellow_ds.engine.process_group import start_process_group, stop_process_group
 

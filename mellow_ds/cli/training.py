@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from mellow_ds.checkpoint import CheckpointStore, load_checkpoint, load_model_weights, read_state
-from mellow_ds.cli.evaluate import evaluate_model
+from mellow_ds.cli.evaluation import evaluate_model
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.corpus import iterate_texts
 from mellow_ds.data.order import BatchPlan, steps_per_epoch

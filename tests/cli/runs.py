@@ -23,6 +23,12 @@ def environment(**extra: str) -> dict[str, str]:
     return {**base, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **extra}
 
 
+def two_ranks_by_torchrun(*arguments: object) -> list[str]:
+    """The same by torchrun."""
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
+    return [*launcher, "train.py", *map(str, arguments)]
+
+
 def two_ranks(*arguments: object) -> list[str]:
     """The command line of train.py on two ranks of this host, by DeepSpeed's own launcher."""
     launcher = ["-m", "deepspeed.launcher.runner", "--num_gpus", "2", "--master_port", str(free_port())]

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from mellow_ds.checkpoint import verify_checkpoint
 from mellow_ds.monitor.metrics import read_metrics
-from tests.cli.runs import ROOT, TINY, environment, two_ranks
+from tests.cli.runs import ROOT, TINY, environment, two_ranks, two_ranks_by_torchrun
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 pytestmark = pytest.mark.slow
@@ -50,11 +50,11 @@ def test_a_run_leaves_what_the_readme_says(straight: Path) -> None:
 def test_stopped_and_resumed_is_the_same_run_bit_for_bit(
     straight: Path, shards: Path, tmp_path: Path, command: Run
 ) -> None:
-    """Dropout is on, so the random states must come back; the second start takes another ZeRO stage."""
+    """Dropout is on, so the random states must come back; the second start takes another launcher and ZeRO stage."""
     arguments = ["--config", "quickstart", "--data.shards", shards / "train", "--save-dir", tmp_path, *TINY]
     first = command(*two_ranks(*arguments, "--train.stop_at_step", 4))
     assert first.returncode == 0, first.stderr[-3000:]
-    second = command(*two_ranks(*arguments, "--deepspeed_config", "ds_configs/zero1.json"))
+    second = command(*two_ranks_by_torchrun(*arguments, "--deepspeed_config", "ds_configs/zero1.json"))
     assert second.returncode == 0, second.stderr[-3000:]
     assert "going on from" in second.stderr
     assert losses(tmp_path) == losses(straight)

@@ -1,4 +1,4 @@
-"""`--mode evaluate_checkpoint` and `mellow-ds evaluate`: score a checkpoint on held-out shards, on all ranks."""
+"""Mode evaluate_checkpoint: score a checkpoint on held-out shards, on all ranks."""
 
 import logging
 from pathlib import Path
@@ -13,13 +13,6 @@ if TYPE_CHECKING:
     from mellow_ds.prompt import Layout
 
 _log = logging.getLogger("mellow_ds.cli")
-
-
-def main(arguments: list[str], program: str) -> int:
-    """`mellow-ds evaluate`: the same as `train.py --mode evaluate_checkpoint`."""
-    from mellow_ds.cli.train import main as run_main
-
-    return run_main(arguments, program, mode="evaluate_checkpoint")
 
 
 def evaluate_checkpoint(config: RunConfig, world: World, device: "torch.device") -> None:
