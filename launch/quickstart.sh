@@ -26,10 +26,11 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > slots ? cores / slots : 1))}
 port=$("$MELLOW_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
-ranks() { # run train.py on all slots; DeepSpeed's own launch lines are left out
-    "$MELLOW_PYTHON" -m deepspeed.launcher.runner --hostfile "$folder/hosts" --master_port "$port" train.py \
-        --config quickstart --save-dir "$folder/run" "$@" 2> >(grep -v 'real_accelerator.py' >&2) |
-        { grep -v '\[launch.py\|\[runner.py' || true; }
+ranks() { # run train.py on all slots of this host, which needs no ssh; DeepSpeed's own launch lines are left out
+    "$MELLOW_PYTHON" -m deepspeed.launcher.runner --hostfile "$folder/hosts" --no_ssh_check \
+        --master_addr 127.0.0.1 --master_port "$port" train.py \
+        --config quickstart --save-dir "$folder/run" "$@" 2> >(grep --line-buffered -v real_accelerator.py >&2) |
+        { grep --line-buffered -v '\[launch.py\|\[runner.py' || true; }
 }
 
 say "corpus: sounds made by formula, with questions and answers"

@@ -68,11 +68,12 @@ def _parser(program: str) -> argparse.ArgumentParser:
 
 
 def _spread(path: Path, number: int) -> "list[Record]":
-    """`number` records of different subtypes where there are so many, spread over the file."""
+    """`number` records of the file, of different clips and kinds of question where there are so many."""
     from mellow_ds.packing.records import read_records
 
-    by_subtype: dict[str, Record] = {}
     records = read_records([path]).records
+    chosen: list[Record] = []
     for record in records:
-        by_subtype.setdefault(record.subtype, record)
-    return (list(by_subtype.values()) + records)[:number]
+        if all(record.subtype != other.subtype and record.paths[0] != other.paths[0] for other in chosen):
+            chosen.append(record)
+    return (chosen + records)[:number]

@@ -158,14 +158,18 @@ def build_model(
 def build_config(
     model_config: ModelConfig, data_config: DataConfig, tokenizer: Any, text_config: PretrainedConfig | None = None
 ) -> MellowConfig:
-    """The model's configuration, its parts checked against each other; `text_config` where the decoder is loaded."""
-    end_id = end_token_id(tokenizer)
+    """The model's configuration, its parts checked against each other.
+
+    `text_config`: that of a decoder which is loaded already. `tokenizer` may be None for a decoder that has one
+    elsewhere: its own end-of-text id is taken then.
+    """
     if text_config is None:
         if model_config.decoder.text_decoder == FROM_CONFIG:
-            text_config = config_from_sizes(model_config.decoder, len(tokenizer), end_id)
+            text_config = config_from_sizes(model_config.decoder, len(tokenizer), end_token_id(tokenizer))
         else:
             text_config = load_decoder_config(model_config.decoder.text_decoder)
     _check_fit(model_config, data_config, tokenizer, text_config)
+    end_id = (getattr(text_config, "eos_token_id", 0) or 0) if tokenizer is None else end_token_id(tokenizer)
     return MellowConfig(
         encoder_config=build_encoder_config(model_config, data_config),
         text_config=text_config,
@@ -181,6 +185,8 @@ def _check_fit(model_config: ModelConfig, data_config: DataConfig, tokenizer: An
             f"model.encoder.d_proj is {d_proj}, but the decoder '{decoder}' is {text_config.hidden_size} wide: "
             "make them equal"
         )
+    if tokenizer is None:
+        return
     highest = max(tokenizer.get_vocab().values())
     if highest >= text_config.vocab_size:
         raise ConfigError(

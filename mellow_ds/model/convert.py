@@ -4,11 +4,12 @@ import dataclasses
 import logging
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mellow_ds.config.schema import DataConfig, EncoderConfig, ModelConfig
-from mellow_ds.errors import CheckpointError
+from mellow_ds.errors import CheckpointError, ConfigError
 from mellow_ds.model.assemble import build_config, build_layout, load_tokenizer
 from mellow_ds.model.configuration import CNN14, HTSAT, HTSAT_REPEATED_TOKENS
 from mellow_ds.model.modeling import MellowForConditionalGeneration
@@ -24,19 +25,32 @@ def convert_mellow(checkpoint: Path, out: Path, model_config: ModelConfig, data_
     """Write the original's checkpoint as a model folder (weights, tokenizer, processor) in Mellow's layout.
 
     Kind and sizes of encoder and projector come from the checkpoint; `model_config` says which decoder and tokenizer
-    belong to it. Returns `out`. Raises `CheckpointError` where names or shapes are not those of a Mellow model.
+    belong to it. Without a tokenizer no processor is written beside the model. Returns `out`. Raises `CheckpointError`
+    where names or shapes are not those of a Mellow model.
     """
     tensors = read_checkpoint(checkpoint)
     model_config = _config_of(tensors, model_config, checkpoint)
-    tokenizer = load_tokenizer(model_config, data_config)
+    tokenizer = _tokenizer_if_any(model_config, data_config)
     model = MellowForConditionalGeneration(build_config(model_config, data_config, tokenizer))
     load_exactly(model, _tied(_from_mellow(tensors), model, checkpoint), checkpoint)
-    layout = build_layout(model_config, data_config, tokenizer, model.num_audio_tokens)
     model.eval()
     model.save_pretrained(out)
-    build_processor(model, tokenizer, layout).save_pretrained(out)
+    if tokenizer is not None:
+        layout = build_layout(model_config, data_config, tokenizer, model.num_audio_tokens)
+        build_processor(model, tokenizer, layout).save_pretrained(out)
     _log.info("converted %s to %s", checkpoint, out)
     return out
+
+
+def _tokenizer_if_any(model_config: ModelConfig, data_config: DataConfig) -> Any:
+    """The decoder's tokenizer; None, said aloud, for a decoder folder that has a configuration and nothing else."""
+    try:
+        return load_tokenizer(model_config, data_config)
+    except ConfigError as error:
+        if data_config.tokenizer_type:
+            raise
+        _log.warning("%s: the model is written without a processor; name data.tokenizer_type to have one", error)
+        return None
 
 
 def _from_mellow(tensors: Tensors) -> dict[str, torch.Tensor]:

@@ -96,10 +96,15 @@ def load_named_tokenizer(name: str, key: str) -> Any:
     try:
         if is_gguf(name):
             file = _existing_file(name)
-            return AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
-        return AutoTokenizer.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(str(file.parent), gguf_file=file.name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{key}: no tokenizer could be loaded from '{name}' ({_first_line(error)})") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # what transformers makes of a folder with a GPT-2 configuration and no tokenizer files
+        raise ConfigError(f"{key}: there is no tokenizer in '{name}'")
+    return tokenizer
 
 
 def _load_gguf(file: Path) -> PreTrainedModel:

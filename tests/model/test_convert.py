@@ -135,9 +135,13 @@ def cnn14_checkpoint(num_classes=5) -> dict:
 def test_names_go_where_they_belong_and_a_head_apart_from_its_embeddings_is_not_taken(decoder_config, tmp_path, caplog):
     tensors = cnn14_checkpoint()
     tensors[HEAD] = tensors[HEAD] + 1
+    for file in (tmp_path / "lm").glob("tokenizer*"):
+        file.unlink()  # a decoder that is known by its configuration alone
     torch.save({"model": tensors}, tmp_path / "mellow.ckpt")
     convert_mellow(tmp_path / "mellow.ckpt", tmp_path / "out", decoder_config, DataConfig())
     assert "lm_head.weight differs" in caplog.text
+    assert "without a processor" in caplog.text
+    assert not (tmp_path / "out" / "processor_config.json").exists()
     converted = MellowForConditionalGeneration.from_pretrained(tmp_path / "out").state_dict()
     for theirs, ours in (
         ("audio_encoder.base.cnn14.conv_block6.bn2.running_var", "encoder.net.conv_block6.bn2.running_var"),

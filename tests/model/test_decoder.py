@@ -5,13 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, GPT2Config, LlamaConfig, LlamaForCausalLM
 
 from mellow_ds.config.schema import DataConfig, DecoderConfig, EncoderConfig, ModelConfig
 from mellow_ds.errors import ConfigError
 from mellow_ds.model import decoder as decoder_module
 from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer
-from mellow_ds.model.decoder import check_plain_head, config_from_sizes, load_decoder, load_decoder_config
+from mellow_ds.model.decoder import (
+    check_plain_head,
+    config_from_sizes,
+    load_decoder,
+    load_decoder_config,
+    load_decoder_tokenizer,
+)
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.prompt import encode_prompt
 
@@ -46,6 +52,12 @@ def test_a_decoder_that_scales_its_logits_is_refused(tmp_path, monkeypatch):
 def test_a_decoder_that_is_not_there_is_named(name):
     with pytest.raises(ConfigError, match=f"text_decoder.*{name}"):
         load_decoder(name)
+
+
+def test_a_folder_without_a_tokenizer_is_said_to_have_none(tmp_path):
+    GPT2Config().save_pretrained(tmp_path)  # transformers would make a tokenizer of one token of it
+    with pytest.raises(ConfigError, match="no tokenizer"):
+        load_decoder_tokenizer(str(tmp_path))
 
 
 def test_heads_must_divide_the_width():
