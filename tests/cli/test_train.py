@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 from safetensors.torch import load_file
 
@@ -170,3 +171,41 @@ def _wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         assert process.poll() is None, process.communicate()[1][-3000:]
         assert time.monotonic() < deadline, f"{path} did not appear"
         time.sleep(0.2)
+
+
+def test_ranks_end_when_their_launcher_is_killed(shards: Path, tmp_path: Path) -> None:
+    """SIGKILL of DeepSpeed's `launch` process: the kernel tells the ranks, which save and leave."""
+    arguments = two_ranks(
+        "--config", "quickstart", "--data.shards", shards / "train", "--save-dir", tmp_path, *TINY,
+        "--train.max_steps", 100000,
+    )  # fmt: skip
+    runner = subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL)
+    family: list[psutil.Process] = []
+    try:
+        _wait_for(tmp_path / "metrics.jsonl", runner)
+        (launch,) = psutil.Process(runner.pid).children()
+        ranks = [p for p in launch.children() if "train.py" in p.cmdline()]
+        family = [launch, *launch.children(recursive=True)]
+        assert len(ranks) == 2
+        launch.kill()
+        _, alive = psutil.wait_procs(ranks, timeout=30)
+        assert not alive
+    finally:
+        for process in family:
+            if process.is_running():
+                process.kill()
+        runner.kill()
+        runner.wait()
+    verify_checkpoint(sorted((tmp_path / "checkpoints").glob("step-*"))[-1])
+
+
+def test_another_model_shape_is_refused_in_one_line(straight: Path, shards: Path, tmp_path: Path, command: Run) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    arguments = ["--config", "quickstart", "--data.shards", shards / "train", "--save-dir", run, *TINY]
+    result = command("train.py", *arguments, "--model.decoder.intermediate_size", 32)
+    assert result.returncode == 2
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert "is of another model shape: decoder.model.layers.0.mlp" in errors[0]
+    assert "Traceback" not in result.stderr

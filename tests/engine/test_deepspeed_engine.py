@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from mellow_ds.checkpoint import CheckpointStore, load_checkpoint, load_model_weights
-from mellow_ds.ds_config import StepShape
+from mellow_ds.config.schema import MixedPrecisionConfig
+from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json
+from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine, avoid_cpu_compilation
 from mellow_ds.engine.optimizer import parameter_groups
 from mellow_ds.errors import CheckpointError
 from mellow_ds.trainer import agreement
@@ -47,8 +49,6 @@ def shape(world: World, accumulation: int) -> StepShape:
 
 
 def make_engine(model, stage: int, world: World, accumulation: int = 2):
-    from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine
-
     return DeepSpeedEngine(
         model, {"zero_optimization": {"stage": stage}}, shape(world, accumulation), TRAIN, torch.device("cpu")
     )
@@ -129,8 +129,6 @@ def test_a_checkpoint_resumes_on_every_stage_and_another_world(tmp_path: Path) -
 
 def check_half_precision(world: World, folder: Path) -> None:
     """bfloat16: master weights and moments come back whole, also where the module holds rounded weights."""
-    from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine
-
     for stage in (0, 1, 2, 3):
         half = replace(shape(world, 1), precision="bfloat16")
         model = small_model(seed=1)
@@ -180,8 +178,26 @@ def test_the_private_switch_that_avoids_compiling_is_still_there() -> None:
     """FACTS: two ranks wait two minutes for deepspeed_shm_comm; the name is private to DeepSpeed 0.19."""
     import deepspeed
 
-    from mellow_ds.engine.deepspeed_engine import avoid_cpu_compilation
-
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
     avoid_cpu_compilation()
     assert torch.cuda.is_available() or not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+def check_every_file(world: World, folder: Path) -> None:
+    for path in sorted(folder.glob("*.json")):
+        engine_json = read_engine_json(str(path))
+        precision = choose_precision(MixedPrecisionConfig(), engine_json, has_gpu=False)
+        chosen = replace(shape(world, 1), precision=precision)
+        engine = DeepSpeedEngine(small_model(seed=1), engine_json, chosen, TRAIN, torch.device("cpu"))
+        audio_tokens = small_model(seed=1).num_audio_tokens
+        losses, _ = train(engine, audio_tokens, world, 1, EXAMPLES[:2])
+        expected = reference(2)[0]
+        tolerance = 1e-5 if precision == "float32" else 2e-2
+        assert losses == pytest.approx(expected, rel=tolerance), path.name
+        assert precision in engine.name
+        engine.close()
+
+
+def test_every_shipped_engine_file_trains() -> None:
+    """ZeRO 0 to 3, offload, bf16, fp16: two steps of the reference, on a CPU."""
+    run_ranks(2, check_every_file, Path(__file__).resolve().parent.parent.parent / "ds_configs")
