@@ -59,6 +59,7 @@ class DeepSpeedEngine:
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
         self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=resolved)
         self._model = cast(nn.Module, self._engine.module)
+        self._norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.name = f"DeepSpeed ZeRO-{self._stage} ({optimizer_name}, {shape.precision})"
 
     def train_step(self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float) -> StepResult:
@@ -73,6 +74,7 @@ class DeepSpeedEngine:
             loss_sum += output.loss_sum.detach()
             self._engine.backward(loss_for_backward(output.loss_sum, totals, self._world_size), scale_wrt_gas=False)
         grad_norm = self._clip_and_step(max_grad_norm)
+        _average_statistics(self._norms)
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
         loss = global_mean_loss(loss_sum, totals)
         return StepResult(loss, grad_norm, totals.num_answer_tokens, totals.num_examples, skipped)
@@ -93,7 +95,6 @@ class DeepSpeedEngine:
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.whole_model`. Under ZeRO-3 the weights are gathered for the time of the context."""
-        average_statistics(self._model)
         return nullcontext(self._model) if self._stage < 3 else _Gathered(self._model)
 
     def parameter_states(self) -> Iterator[ParameterState]:
@@ -130,7 +131,6 @@ class DeepSpeedEngine:
 
     def fixed_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.fixed_state`."""
-        average_statistics(self._model)
         state = {name: _to_cpu(buffer) for name, buffer in _saved_buffers(self._model)}
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
@@ -284,17 +284,20 @@ def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
 
 
-def average_statistics(model: nn.Module) -> None:
-    """Give all ranks the mean of their BatchNorm statistics (a collective call).
+def _average_statistics(norms: list[nn.modules.batchnorm._BatchNorm]) -> None:
+    """Give all ranks the mean of their BatchNorm statistics, after each step (a collective call).
 
-    Each rank sees its own micro-batches; training does not read the statistics, evaluation and a saved model do.
+    Each rank sees its own micro-batches. Training does not read the statistics, evaluation and checkpoints do; equal on
+    all ranks at every step, they do not depend on when a run was saved or resumed. Frozen ones do not move.
     """
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.training:
-            for statistic in (module.running_mean, module.running_var):
-                if statistic is not None:
-                    dist.all_reduce(statistic)
-                    statistic.div_(dist.get_world_size())
+    statistics = [s for norm in norms if norm.training for s in (norm.running_mean, norm.running_var) if s is not None]
+    if not statistics or dist.get_world_size() == 1:
+        return
+    flat = torch.cat([statistic.flatten() for statistic in statistics])
+    dist.all_reduce(flat)
+    flat /= dist.get_world_size()
+    for statistic, mean in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
+        statistic.copy_(mean)
 
 
 def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
