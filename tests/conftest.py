@@ -1,5 +1,7 @@
 """Fixtures that tests of all rooms share."""
 
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,3 +14,13 @@ def shared_dir() -> Path:
     if not folder.is_dir():
         pytest.skip("the folder ../shared (parity arrays, real speech) is not beside this checkout")
     return folder
+
+
+@pytest.fixture(autouse=True)
+def _plain_logging() -> Iterator[None]:
+    """Give back the project's logger as it was: a command that ran in this process has set it up for itself."""
+    logger = logging.getLogger("mellow_ds")
+    before = (list(logger.handlers), logger.propagate, logger.level)
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])

@@ -15,6 +15,8 @@ from deepspeed.utils import (
     safe_get_full_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
 )
 from torch import nn
 
@@ -125,9 +127,25 @@ class DeepSpeedEngine:
                 if parameter.dtype != torch.float32:
                     parameter.data.copy_(state.weight)
                 continue
+            self._set_partitioned(parameter, state)
+
+    def _set_partitioned(self, parameter: nn.Parameter, state: ParameterState) -> None:
+        """Give this rank its part of the master weight and the moments."""
+        if self._stage < 3:
             safe_set_full_fp32_param(parameter, state.weight.to(self.device))
             for key, moment in state.moments.items():
                 safe_set_full_optimizer_state(parameter, moment.to(self.device), key)
+            return
+        # safe_set_full_* of 0.19.8 raises for a parameter that does not divide by the world: the last part is padded
+        length = cast(Any, parameter).ds_tensor.numel()
+
+        def part(whole: torch.Tensor) -> torch.Tensor:
+            own = whole.flatten()[dist.get_rank() * length : (dist.get_rank() + 1) * length]
+            return nn.functional.pad(own, (0, length - own.numel())).to(self.device)
+
+        safe_set_local_fp32_param(parameter, part(state.weight))
+        for key, moment in state.moments.items():
+            safe_set_local_optimizer_state(parameter, part(moment), key)
 
     def fixed_state(self) -> dict[str, torch.Tensor]:
         """See `Engine.fixed_state`."""

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from mellow_ds.model.configuration import MellowEncoderConfig
+from mellow_ds.model.norm import BatchNorm2d
 
 
 class ConvBlock(nn.Module):
@@ -17,8 +18,8 @@ class ConvBlock(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=False)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.bn2 = nn.BatchNorm2d(out_channels)
+        self.bn1 = BatchNorm2d(out_channels)
+        self.bn2 = BatchNorm2d(out_channels)
         self.pool = pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -34,7 +35,7 @@ class Cnn14(nn.Module):
     def __init__(self, config: MellowEncoderConfig) -> None:
         super().__init__()
         channels = config.channels
-        self.bn0 = nn.BatchNorm2d(config.mel_bins)
+        self.bn0 = BatchNorm2d(config.mel_bins)
         for number, (before, after) in enumerate(zip([1, *channels[:-1]], channels, strict=True), start=1):
             # the last block keeps its resolution, as in the published network
             self.add_module(f"conv_block{number}", ConvBlock(before, after, pool=1 if number == len(channels) else 2))

@@ -9,6 +9,7 @@ from transformers import ClapAudioConfig
 from transformers.models.clap.modeling_clap import ClapAudioEncoder
 
 from mellow_ds.model.configuration import MellowEncoderConfig
+from mellow_ds.model.norm import BatchNorm2d
 
 # the trunk folds 1,024 frames of 64 bands into a 256 x 256 image; fewer frames are stretched to that
 _MEL_BINS = 64
@@ -39,6 +40,7 @@ class Htsat(nn.Module):
         super().__init__()
         trunk = trunk_config(config)
         self.trunk = ClapAudioEncoder(trunk)
+        self.trunk.batch_norm = BatchNorm2d(_MEL_BINS)  # the same layer, kept in float32
         height = self.trunk.input_resolutions[-1][0] // self.trunk.freq_ratio
         self.tscam_conv = nn.Conv2d(self.trunk.num_features, config.num_classes, (height, 3), padding=(0, 1))
 

