@@ -26,6 +26,7 @@ from mellow_ds.ds_config import StepShape, offloads_optimizer, resolve_engine_js
 from mellow_ds.engine.loss import count_step, global_mean_loss, loss_for_backward
 from mellow_ds.engine.optimizer import gradient_norm, parameter_groups, torch_optimizer
 from mellow_ds.engine.protocol import ParameterState, StepResult
+from mellow_ds.errors import ConfigError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 _log = logging.getLogger("mellow_ds.engine")
@@ -46,6 +47,7 @@ class DeepSpeedEngine:
     def __init__(
         self, model: nn.Module, engine_json: dict[str, Any], shape: StepShape, config: TrainConfig, device: torch.device
     ) -> None:
+        _check_precision(shape.precision)
         avoid_cpu_compilation()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device = device
@@ -278,6 +280,15 @@ def _build_optimizer(
             "DeepSpeed's fused optimizer does not build here (%s); torch's takes its place", _first_line(error)
         )
         return torch_optimizer(groups, config)
+
+
+def _check_precision(precision: str) -> None:
+    accelerator = deepspeed.accelerator.get_accelerator()
+    if precision == "float16" and not accelerator.is_fp16_supported():
+        raise ConfigError(
+            f"float16 is not supported by DeepSpeed on this {accelerator.device_name()}: take bfloat16 "
+            "(train.mixed_precision.mixed_precision_dtype, or fp16.enabled in the engine JSON)"
+        )
 
 
 def _is_cpu_adam(optimizer: torch.optim.Optimizer) -> bool:
