@@ -16,7 +16,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def run_ranks(num_ranks: int, target: Callable[..., Any], *args: Any, seconds: float = 240) -> None:
+def run_ranks(num_ranks: int, target: Callable[..., Any], *args: Any, seconds: float = 400) -> None:
     """Call `target(world, *args)` in `num_ranks` processes that form a gloo group; fail where one of them does."""
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()

@@ -27,7 +27,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def command() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a command of the project as a process, with a deadline; its output is text."""
 
-    def run(*arguments: object, seconds: float = 240, **env: str) -> subprocess.CompletedProcess[str]:
+    def run(*arguments: object, seconds: float = 400, **env: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
             env=environment(**env), check=False,

@@ -33,7 +33,7 @@ def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     result = subprocess.run(
         [sys.executable, *two_ranks("--config", "quickstart", "--deepspeed_config", "ds_configs/zero2.json",
          "--data.shards", shards / "train", "--save-dir", run, *TINY)],
-        capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment(), check=False,
+        capture_output=True, text=True, timeout=400, cwd=ROOT, env=environment(), check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr[-3000:]
     return run
@@ -147,7 +147,7 @@ def test_a_full_disk_during_a_save_keeps_the_step_before(straight: Path, shards:
         result = subprocess.run(
             [sys.executable, "train.py", "--config", "quickstart", "--data.shards", shards / "train",
              "--save-dir", tmp_path / "run", *TINY],
-            capture_output=True, text=True, timeout=240, cwd=ROOT, check=False,
+            capture_output=True, text=True, timeout=400, cwd=ROOT, check=False,
             env=environment(), preexec_fn=lambda: _link(tmp_path / "run", disk),
         )  # fmt: skip
         assert result.returncode == 2, result.stderr[-3000:]
