@@ -5,9 +5,9 @@ from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mellow_ds.multiple_choice import find_options
 from mellow_ds.prompt import render_question
 
-_OPTION = re.compile(r"(?:^|\s)\(?([a-z])[).]\s")
 _ANSWER_LETTER = re.compile(r"\(?([a-z])[).](?:\s|$)")
 
 
@@ -25,15 +25,6 @@ def chance_levels(records: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return {subtype: _best_constant(by_subtype[subtype]) for subtype in sorted(by_subtype)}
 
 
-def num_options(question: str) -> int:
-    """Lettered options in the text of a question: those that go a), b), c), ... without a gap; 0 for fewer than two."""
-    count = 0
-    for letter in _OPTION.findall(question.lower()):
-        if letter == chr(ord("a") + count):
-            count += 1
-    return count if count > 1 else 0
-
-
 def _best_constant(records: list[Mapping[str, Any]]) -> float:
     """Share of right answers that is to be expected; questions with and without options are guessed apart."""
     letters: Counter[str] = Counter()
@@ -41,7 +32,7 @@ def _best_constant(records: list[Mapping[str, Any]]) -> float:
     expected_right = 0.0
     for record in records:
         question, answer = _texts(record)
-        options = num_options(question)
+        options = len(find_options(question))
         if options:
             letter = _ANSWER_LETTER.match(answer)
             letters[letter.group(1) if letter else ""] += 1

@@ -4,28 +4,11 @@ import json
 
 import pytest
 
-from mellow_ds.packing.chance import chance_levels, num_options
+from mellow_ds.packing.chance import chance_levels
 
 
 def record(subtype: str, question: str, answer: str, **more: str) -> dict[str, str]:
     return {"subtype": subtype, "input": question, "answer": answer, **more}
-
-
-@pytest.mark.parametrize(
-    ("question", "count"),
-    [
-        ("which sound is heard? a) a bell b) a siren c) white noise d) ticking", 4),
-        ("Which one?\n(A) a dog (B) a cat (C) a car", 3),
-        ("which one? a. a dog b. a cat", 2),
-        ("is a bell heard? answer yes or no", 0),
-        ("what does section a) say?", 0),
-        ("which plan? a) plan b) plan c) none", 3),
-        ("choose: a) one b) two d) four", 2),
-        ("", 0),
-    ],
-)
-def test_options_are_counted_from_the_text(question, count):
-    assert num_options(question) == count
 
 
 def test_options_give_one_over_their_number():
