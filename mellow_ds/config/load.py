@@ -163,6 +163,8 @@ def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
 def _coerce(key: str, value: Any, hint: Any) -> Any:
     """`value` as the type that `hint` names; text stands for a list of one."""
     origin = typing.get_origin(hint)
+    if dataclasses.is_dataclass(hint):
+        return _coerce_mapping(key, value, typing.cast(type, hint))
     if origin is tuple:
         inner = typing.get_args(hint)
         items = value if isinstance(value, list | tuple) else [] if value in (None, "") else [value]
@@ -182,6 +184,18 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):
         raise ConfigError(f"{key} is {value!r} ({type(value).__name__}); it takes {_type_name(hint)}")
     return value
+
+
+def _coerce_mapping(key: str, value: Any, cls: type) -> Any:
+    """An instance of the dataclass `cls` from an entry of a list, a mapping of its fields."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(value, dict):
+        raise ConfigError(f"{key} holds {value!r}; each entry is a mapping of {', '.join(hints)}")
+    for name in value:
+        if name not in hints:
+            near = difflib.get_close_matches(str(name), hints, n=1, cutoff=0.5)
+            raise ConfigError(f"unknown key {name} in {key}" + (f"; did you mean {near[0]}?" if near else ""))
+    return cls(**{name: _coerce(f"{key}.{name}", item, hints[name]) for name, item in value.items()})
 
 
 def _type_name(hint: type) -> str:

@@ -26,12 +26,46 @@ def _one_of(section: str, config: object, name: str, choices: tuple[str, ...]) -
         raise ConfigError(f"{section}.{name} is '{value}'; choose one of {', '.join(choices)}")
 
 
+def _first_double(names: list[str]) -> str:
+    return next(name for number, name in enumerate(names) if name in names[:number])
+
+
+@dataclass(frozen=True)
+class MixtureSet:
+    """One shard set of a mixture."""
+
+    shards: tuple[str, ...] = ()
+    """Folders with a manifest.json, trained on together."""
+    name: str = ""
+    """What its loss is logged under; empty: the name of its first folder."""
+    weight: float = 0.0
+    """Share of the examples; an epoch of the mixture then has as many examples as all sets together."""
+    epochs: float = 0.0
+    """Times that each of its examples comes up in an epoch of the mixture; 0.5: each in every second one."""
+
+    def __post_init__(self) -> None:
+        _at_least("data.mixture", self, 0, "weight", "epochs")
+        if not self.shards:
+            raise ConfigError("data.mixture has a set without shards: give each set its folders")
+        if (self.weight > 0) == (self.epochs > 0):
+            raise ConfigError(
+                f"data.mixture: the set {self.label} has weight {self.weight} and epochs {self.epochs}; give one"
+            )
+
+    @property
+    def label(self) -> str:
+        """What the set is called in logs."""
+        return self.name or self.shards[0].rstrip("/").rpartition("/")[2]
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """What is read, and how a clip becomes a waveform."""
 
     shards: tuple[str, ...] = ()
-    """Folders with a manifest.json, trained on together."""
+    """Folders with a manifest.json, or addresses of some (https://, s3://, ...), trained on together."""
+    mixture: tuple[MixtureSet, ...] = ()
+    """Shard sets with a share each, in place of shards: [{shards: A, weight: 0.7}, {shards: B, weight: 0.3}]."""
     eval_shards: tuple[str, ...] = ()
     """Folders evaluated on; with --mode evaluate_checkpoint, empty means data.shards."""
     datapath: str = ""
@@ -54,14 +88,36 @@ class DataConfig:
     """Shards whose examples are permuted together."""
     order_runs: int = 64
     """Equal runs that the order of an epoch is cut into; a global batch takes its share of each."""
+    questions_per_clip: int = 1
+    """Questions of a clip that stand next to each other in the order, so that a micro-batch shares their audio."""
+    shuffle_options: bool = False
+    """Draw the order of the options of multiple-choice questions anew each epoch, with the letters rewritten."""
     max_bad_fraction: float = 0.0
     """Fraction of the samples read that may be unreadable in training before the run stops; 0 stops at the first."""
 
+    cache_folder: str = ""
+    """Where remote shards are kept on this node; empty: $MELLOW_CACHE/shards, else mellow-ds/shards in ~/.cache."""
+    cache_gigabytes: float = 50.0
+    """GB that remote shards may take there, over all processes of the node; 0: no bound."""
+
     def __post_init__(self) -> None:
         _at_least("data", self, 1, "sampling_rate", "ip_text_len", "op_text_len", "shuffle_window", "order_runs")
-        _at_least("data", self, 0, "max_bad_fraction")
+        _at_least("data", self, 1, "questions_per_clip")
+        _at_least("data", self, 0, "max_bad_fraction", "cache_gigabytes")
+        if self.mixture and self.shards:
+            raise ConfigError("data.shards and data.mixture are both given: name the shards in one of them")
+        if len({bool(part.weight) for part in self.mixture}) > 1:
+            raise ConfigError("data.mixture gives a weight for some sets and epochs for others: give all the same")
+        labels = [part.label for part in self.mixture]
+        if len(set(labels)) < len(labels):
+            raise ConfigError(f"data.mixture has two sets called {_first_double(labels)}: give each a name of its own")
         if self.segment_seconds <= 0:
             raise ConfigError(f"data.segment_seconds is {self.segment_seconds}; it must be above 0")
+
+    @property
+    def train_shards(self) -> tuple[str, ...]:
+        """All folders trained on, of a mixture those of its sets one after the other."""
+        return self.shards or tuple(folder for part in self.mixture for folder in part.shards)
 
     @property
     def clip_samples(self) -> int:

@@ -3,31 +3,57 @@
 The way from a step to its examples:
 
 1. An epoch's *sequence* is every example once: shards permuted by (seed, epoch), taken in windows of `window_shards`,
-   examples permuted inside a window.
-2. The sequence is cut by count into `num_runs` equal runs of L = N // num_runs examples; the fewer than `num_runs`
-   examples left over stand at the end. *Position* p of the epoch is example p // num_runs of run p % num_runs, and the
-   left-over examples come last. So neighbours in a batch were stored far apart, and each run is read front to back.
+   examples permuted inside a window. With `questions_per_clip` k > 1 what is permuted are blocks of k examples: k
+   questions of one clip, drawn anew each epoch, and blocks of what clips have over. The fewer than k examples that a
+   window has over stand at the end of the sequence, so that all blocks start at multiples of k.
+2. The sequence is cut by count into `num_runs` equal runs of whole blocks; what is left over stands at the end. The
+   *positions* of the epoch take a block of each run in turn, and the left-over examples come last. So neighbours in a
+   batch were stored far apart, and each run is read front to back.
 3. Step s of the epoch takes positions s * G to (s + 1) * G, the last step what is left, sorted by their place in the
    sequence. A rank takes a contiguous slice of that, and so touches about num_runs / world runs.
 
 Without shuffle, sequence and positions are the order of storage. Permutations are keyed functions, not tables: nothing
-grows with the corpus but a few numbers a shard, and any step costs the same.
+grows with the corpus but a few numbers a shard, and any step costs the same. Only blocks need a table, of one window.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import TrainConfig
 from mellow_ds.errors import ConfigError
 from mellow_ds.world import World
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # splitmix64's increment (Steele, Lea, Flood 2014)
 _FEISTEL_ROUNDS = 8  # 4 make a random permutation of a random function (Luby, Rackoff 1988); small sizes need more
 _MIN_SIDE = 4  # with a smaller square or fewer rounds, some permutations of 5 things come up more often than others
-_SHARDS, _EXAMPLES = 1, 2  # what a key permutes
+_SHARDS, _EXAMPLES, _QUESTIONS, _LEFTOVERS, _BLOCKS = 1, 2, 3, 4, 5  # what a key permutes
+
+
+class Epochs(Protocol):
+    """What steps are cut from: epochs of a fixed number of examples. An `Order` is one, a `Mixture` another."""
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of an epoch."""
+        ...
+
+    def pieces(self, epoch: int, first: int, last: int) -> "list[Piece]":
+        """Whose examples stand at the positions `first` to `last` (exclusive) of an epoch."""
+        ...
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Positions `first` to `last` (exclusive) of an epoch of one order."""
+
+    order: "Order"
+    epoch: int
+    first: int
+    last: int
 
 
 @dataclass(frozen=True)
@@ -39,11 +65,24 @@ class Order:
     shuffle: bool = True  # False: the order of storage, every epoch the same
     window_shards: int = 4  # shards whose examples are permuted together
     num_runs: int = 64  # equal runs of the sequence; a global batch takes its share of each
+    questions_per_clip: int = 1  # questions of a clip that stand next to each other
+    first_shard: int = 0  # number of the first of these shards among all of the run
+    sample_questions: Callable[[int], np.ndarray] | None = field(default=None, compare=False)
+    """Number of questions [samples] of each sample of a shard of the run; needed for questions_per_clip > 1."""
 
     @property
     def num_examples(self) -> int:
         """Examples of an epoch."""
         return int(self._question_starts[-1])
+
+    def pieces(self, epoch: int, first: int, last: int) -> list[Piece]:
+        """One piece: all positions are its own."""
+        return [Piece(self, epoch, first, last)]
+
+    @property
+    def block_size(self) -> int:
+        """Examples that stay together."""
+        return self.questions_per_clip if self.shuffle else 1
 
     @cached_property
     def _question_starts(self) -> np.ndarray:
@@ -51,7 +90,7 @@ class Order:
         return _starts(np.asarray(self.num_questions, dtype=np.int64))
 
     @cached_property
-    def _epochs(self) -> dict[int, "_EpochTable"]:
+    def _epochs(self) -> "dict[int, _EpochTable]":
         return {}
 
     def _epoch(self, epoch: int) -> "_EpochTable":
@@ -62,14 +101,21 @@ class Order:
             self._epochs[epoch] = _EpochTable.build(self, epoch)
         return self._epochs[epoch]
 
+    def __getstate__(self) -> dict[str, object]:
+        # tables are quickly made anew, and a window of blocks would be megabytes to send
+        return {name: value for name, value in self.__dict__.items() if not name.startswith("_")}
+
 
 @dataclass(frozen=True)
 class _EpochTable:
     """Where the shards and windows of one epoch stand in its sequence."""
 
     shards: np.ndarray  # [shards] number of the shard at each place
-    shard_starts: np.ndarray  # [shards + 1] sequence index of the first example of each place
-    window_starts: np.ndarray  # [windows + 1] sequence index of the first example of each window
+    shard_starts: np.ndarray  # [shards + 1] first example of each place, counted over the windows in full
+    window_starts: np.ndarray  # [windows + 1] first example of each window, counted so
+    block_starts: np.ndarray  # [windows + 1] sequence index of the first of the window's whole blocks
+    rest_starts: np.ndarray  # [windows + 1] sequence index of the first of the examples that it has over
+    blocks: dict[int, np.ndarray]  # by window: the newest tables of blocks
 
     @classmethod
     def build(cls, order: Order, epoch: int) -> "_EpochTable":
@@ -77,7 +123,10 @@ class _EpochTable:
         shards = np.argsort(_key(order.seed, epoch, _SHARDS, np.arange(num_shards)), kind="stable")
         shard_starts = _starts(np.asarray(order.num_questions, dtype=np.int64)[shards])
         window_starts = np.append(shard_starts[:-1][:: order.window_shards], shard_starts[-1])
-        return cls(shards, shard_starts, window_starts)
+        sizes = np.diff(window_starts)
+        over = sizes % order.block_size
+        block_starts = _starts(sizes - over)
+        return cls(shards, shard_starts, window_starts, block_starts, block_starts[-1] + _starts(over), {})
 
 
 @dataclass(frozen=True)
@@ -102,29 +151,35 @@ class BatchPlan:
         return cls(size, _ceil_div(_ceil_div(size, world.size), train.batch_size))
 
 
-def order_from_config(num_questions: Sequence[int], data: DataConfig, seed: int) -> Order:
-    """The training order that the configuration asks for, over shards with these numbers of questions."""
-    return Order(tuple(map(int, num_questions)), seed, data.shuffle, data.shuffle_window, data.order_runs)
-
-
 def steps_per_epoch(num_examples: int, global_batch_size: int) -> int:
     """Optimizer steps of an epoch, the last, smaller one included."""
     return _ceil_div(num_examples, global_batch_size)
 
 
-def examples_of_step(order: Order, global_batch_size: int, epoch: int, step_in_epoch: int) -> np.ndarray:
-    """[n, 2] int64 (shard, question number in it) of the global batch; n is smaller in the epoch's last step."""
-    return examples_of_rank(order, global_batch_size, epoch, step_in_epoch, rank=0, world_size=1)
+def examples_of_step(epochs: Epochs, global_batch_size: int, epoch: int, step_in_epoch: int) -> np.ndarray:
+    """[n, 3] int64 (shard, question number in it, epoch of its shard set) of the global batch.
+
+    n is smaller in the epoch's last step.
+    """
+    return examples_of_rank(epochs, global_batch_size, epoch, step_in_epoch, rank=0, world_size=1)
 
 
 def examples_of_rank(
-    order: Order, global_batch_size: int, epoch: int, step_in_epoch: int, rank: int, world_size: int
+    epochs: Epochs, global_batch_size: int, epoch: int, step_in_epoch: int, rank: int, world_size: int
 ) -> np.ndarray:
-    """[n, 2] int64 (shard, question number in it): the contiguous part of the global batch that `rank` takes."""
+    """[n, 3] int64 as `examples_of_step`: the contiguous part of the global batch that `rank` takes."""
     first = step_in_epoch * global_batch_size
-    last = min(first + global_batch_size, order.num_examples)
-    places = np.sort(_sequence_index(order, np.arange(first, last)))
-    return _examples_at(order, epoch, places[rank_slice(len(places), rank, world_size)])
+    last = min(first + global_batch_size, epochs.num_examples)
+    own = rank_slice(last - first, rank, world_size)
+    found, start = [np.empty((0, 3), dtype=np.int64)], 0
+    for piece in epochs.pieces(epoch, first, last):
+        places = np.sort(_sequence_index(piece.order, np.arange(piece.first, piece.last)))
+        places = places[max(own.start - start, 0) : max(own.stop - start, 0)]
+        start += piece.last - piece.first
+        if len(places):
+            examples = _examples_at(piece.order, piece.epoch, places)
+            found.append(np.insert(examples, 2, piece.epoch, axis=1))
+    return np.concatenate(found)
 
 
 def rank_slice(num_examples: int, rank: int, world_size: int) -> slice:
@@ -186,22 +241,75 @@ def _sequence_index(order: Order, positions: np.ndarray) -> np.ndarray:
     """[n] place in the epoch's sequence of each position of the epoch."""
     if not order.shuffle:
         return positions
-    run_length = order.num_examples // order.num_runs
-    in_run = (positions % order.num_runs) * run_length + positions // order.num_runs
+    size = order.block_size
+    run_length = order.num_examples // (order.num_runs * size) * size
+    block, in_block = positions // size, positions % size
+    in_run = (block % order.num_runs) * run_length + block // order.num_runs * size + in_block
     return np.where(positions < run_length * order.num_runs, in_run, positions)
 
 
 def _examples_at(order: Order, epoch: int, places: np.ndarray) -> np.ndarray:
-    """[n, 2] (shard, question number in it) at places of the epoch's sequence."""
+    """[n, 2] (shard of the run, question number in it) at places of the epoch's sequence."""
     if not order.shuffle:
         shard = np.searchsorted(order._question_starts, places, side="right") - 1
-        return np.stack([shard, places - order._question_starts[shard]], axis=1)
+        return np.stack([order.first_shard + shard, places - order._question_starts[shard]], axis=1)
     table = order._epoch(epoch)
-    window = np.searchsorted(table.window_starts, places, side="right") - 1
-    first, size = table.window_starts[window], np.diff(table.window_starts)[window]
-    places = first + permute(places - first, size, _key(order.seed, epoch, _EXAMPLES, window))
+    if order.block_size > 1:
+        places = _in_blocks(order, epoch, table, places)
+    else:
+        window = np.searchsorted(table.window_starts, places, side="right") - 1
+        first, size = table.window_starts[window], np.diff(table.window_starts)[window]
+        places = first + permute(places - first, size, _key(order.seed, epoch, _EXAMPLES, window))
     place = np.searchsorted(table.shard_starts, places, side="right") - 1
-    return np.stack([table.shards[place], places - table.shard_starts[place]], axis=1)
+    return np.stack([order.first_shard + table.shards[place], places - table.shard_starts[place]], axis=1)
+
+
+def _in_blocks(order: Order, epoch: int, table: _EpochTable, places: np.ndarray) -> np.ndarray:
+    """[n] which example, counted over the windows in full, stands at each place of a sequence of blocks."""
+    in_block = np.searchsorted(table.block_starts, places, side="right") - 1
+    in_rest = np.searchsorted(table.rest_starts, places, side="right") - 1
+    is_rest = places >= table.block_starts[-1]
+    window = np.where(is_rest, in_rest, in_block)
+    first = np.where(
+        is_rest, table.rest_starts[window] - np.diff(table.block_starts)[window], table.block_starts[window]
+    )
+    found = np.empty_like(places)
+    for number in np.unique(window).tolist():
+        here = window == number
+        found[here] = table.window_starts[number] + _window_blocks(order, epoch, table, number)[(places - first)[here]]
+    return found
+
+
+def _window_blocks(order: Order, epoch: int, table: _EpochTable, window: int) -> np.ndarray:
+    """[n] the examples of a window, as numbers in it: first its whole blocks, permuted, then what is over."""
+    if window not in table.blocks:
+        while len(table.blocks) >= 2 * order.num_runs:
+            del table.blocks[next(iter(table.blocks))]
+        first = window * order.window_shards
+        table.blocks[window] = _make_blocks(order, epoch, window, table.shards[first : first + order.window_shards])
+    return table.blocks[window]
+
+
+def _make_blocks(order: Order, epoch: int, window: int, shards: np.ndarray) -> np.ndarray:
+    assert order.sample_questions is not None, "questions_per_clip needs the numbers of questions by sample"
+
+    def drawn(what: int, numbers: np.ndarray) -> np.ndarray:
+        return _key(order.seed, epoch, what, window, numbers)
+
+    size = order.questions_per_clip
+    counts = np.concatenate([order.sample_questions(order.first_shard + shard) for shard in shards.tolist()])
+    counts = counts.astype(np.int64)
+    clip = np.repeat(np.arange(len(counts)), counts)  # [n] of each example
+    number = np.arange(len(clip))
+    mixed = np.lexsort((drawn(_QUESTIONS, number), clip))  # clip by clip, its questions in an order of this epoch
+    rank = number - np.repeat(_starts(counts)[:-1], counts)  # of each in its clip
+    is_over = rank >= np.repeat(counts // size * size, counts)
+    over = mixed[is_over]
+    line = np.concatenate([mixed[~is_over], over[np.argsort(drawn(_LEFTOVERS, over), kind="stable")]])
+    num_blocks = len(line) // size
+    blocks = line[: num_blocks * size].reshape(num_blocks, size)
+    blocks = blocks[np.argsort(drawn(_BLOCKS, np.arange(num_blocks)), kind="stable")]
+    return np.concatenate([blocks.reshape(-1), line[num_blocks * size :]]).astype(np.int32)
 
 
 def _starts(sizes: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Recipes, YAML files, overrides, Mellow's keys: what is read, what is refused, and in which words."""
 
 import logging
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mellow_ds.config.load import dump_run_config, load_run_config, recipe_names
-from mellow_ds.config.schema import RunConfig
+from mellow_ds.config.schema import MixtureSet, RunConfig
 from mellow_ds.errors import ConfigError
 
 MELLOW_YAML = """
@@ -149,3 +150,43 @@ def test_loading_does_not_import_torch() -> None:
     code = "from mellow_ds.config.load import load_run_config; load_run_config('mellow')"
     code += "; import sys; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_mixture_is_a_list_of_mappings(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "data:\n  mixture:\n    - {shards: a/x, weight: 3}\n    - {shards: [b, c], name: rest, weight: 1}\n"
+    )
+    mixture = load_run_config(str(file)).data.mixture
+    assert mixture == (MixtureSet(("a/x",), weight=3.0), MixtureSet(("b", "c"), "rest", 1.0))
+    assert [part.label for part in mixture] == ["x", "rest"]
+    assert load_run_config(str(file)).data.train_shards == ("a/x", "b", "c")
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_run_config(load_run_config(str(file))))
+    assert load_run_config(str(again)).data.mixture == mixture
+    overridden = load_run_config("quickstart", {"data.mixture": "[{shards: a, epochs: 2}]"})
+    assert overridden.data.mixture == (MixtureSet(("a",), epochs=2.0),)
+
+
+@pytest.mark.parametrize(
+    ("mixture", "message"),
+    [
+        ("[{shards: a}]", "the set a has weight 0.0 and epochs 0.0; give one"),
+        ("[{shards: a, weight: 1, epochs: 1}]", "give one"),
+        ("[{shards: a, weight: 1}, {shards: b, epochs: 1}]", "a weight for some sets and epochs for others"),
+        ("[{shards: a, wieght: 1}]", "unknown key wieght in data.mixture; did you mean weight?"),
+        ("[{weight: 1}]", "a set without shards"),
+        ("[a, b]", "data.mixture holds 'a'; each entry is a mapping of shards, name, weight, epochs"),
+        ("[{shards: x/a, weight: 1}, {shards: y/a, weight: 1}]", "two sets called a"),
+        ("[{shards: a, weight: much}]", "data.mixture.weight is 'much'"),
+        ("[{shards: a, weight: -1}]", "at least 0"),
+    ],
+)
+def test_wrong_mixtures_are_refused(mixture: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        load_run_config("quickstart", {"data.mixture": mixture})
+
+
+def test_shards_and_mixture_together_are_refused() -> None:
+    with pytest.raises(ConfigError, match="data.shards and data.mixture are both given"):  # noqa: RUF043
+        load_run_config("quickstart", {"data.shards": "s", "data.mixture": "[{shards: a, weight: 1}]"})

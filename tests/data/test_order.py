@@ -8,14 +8,13 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import TrainConfig
 from mellow_ds.data.order import (
     BatchPlan,
     Order,
     examples_of_rank,
     examples_of_step,
     micro_batches,
-    order_from_config,
     permute,
     rank_slice,
     steps_per_epoch,
@@ -46,7 +45,7 @@ def all_of(order: Order) -> set[tuple[int, int]]:
 
 
 def as_tuples(examples: np.ndarray) -> list[tuple[int, int]]:
-    return [(int(shard), int(number)) for shard, number in examples]
+    return [(int(shard), int(number)) for shard, number, _ in examples]
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -211,6 +210,80 @@ def test_seeking_costs_the_same_everywhere() -> None:
     assert time.perf_counter() - started < 0.1
 
 
-def test_order_follows_the_configuration() -> None:
-    data = DataConfig(shuffle=False, shuffle_window=7, order_runs=9)
-    assert order_from_config([1, 2], data, 3) == Order((1, 2), 3, False, 7, 9)
+def clips_of(seed: int, shard: int) -> np.ndarray:
+    """Made-up numbers of questions by sample."""
+    return np.random.default_rng((seed, shard)).integers(0, 9, 30)
+
+
+def blocked(k: int, num_shards: int = 7, **settings: int) -> Order:
+    counts = [clips_of(1, shard) for shard in range(num_shards)]
+    sizes = tuple(int(c.sum()) for c in counts)
+    return Order(sizes, seed=4, questions_per_clip=k, sample_questions=lambda shard: clips_of(1, shard), **settings)
+
+
+def clip_of(shard: int, number: int) -> tuple[int, int]:
+    return shard, int(np.searchsorted(np.cumsum(clips_of(1, shard)), number, side="right"))
+
+
+@pytest.mark.parametrize("k", [1, 2, 3, 5, 100])
+@pytest.mark.parametrize("runs", [1, 3, 64])
+@pytest.mark.parametrize("window", [1, 3])
+def test_blocks_of_a_clip_are_seen_once_an_epoch_in_every_world(k: int, runs: int, window: int) -> None:
+    order = blocked(k, num_runs=runs, window_shards=window)
+    for epoch in (0, 1):
+        steps = [examples_of_step(order, 37, epoch, s) for s in range(steps_per_epoch(order.num_examples, 37))]
+        assert [len(step) for step in steps[:-1]] == [37] * (len(steps) - 1)
+        assert sorted(as_tuples(np.concatenate(steps))) == sorted(all_of(order))
+        for world in (2, 5, 64):
+            ranks = [examples_of_rank(order, 37, epoch, 2, rank, world) for rank in range(world)]
+            np.testing.assert_array_equal(np.concatenate(ranks), steps[2])
+
+
+@pytest.mark.parametrize("k", [2, 4])
+def test_questions_of_a_clip_stand_together_in_a_batch(k: int) -> None:
+    """The number of different clips of a batch against the bound that the blocks give, and against no blocks."""
+    order, plain = blocked(k, num_runs=4, window_shards=2), blocked(1, num_runs=4, window_shards=2)
+    per_clip = np.concatenate([clips_of(1, shard) for shard in range(7)])
+    num_whole, num_over = int((per_clip // k).sum()), int((per_clip % k).sum())
+    size, steps = 8 * k, order.num_examples // (8 * k)
+    pairs = {
+        name: sum(len({clip_of(*e) for e in as_tuples(examples_of_step(o, size, 0, s))}) for s in range(steps))
+        for name, o in (("blocks", order), ("plain", plain))
+    }
+    assert pairs["blocks"] <= num_whole + num_over
+    assert pairs["blocks"] < 0.8 * pairs["plain"]
+
+
+def test_blocks_hold_other_questions_each_epoch() -> None:
+    order = blocked(2, num_runs=1, window_shards=7)
+
+    def pairs_of(epoch: int) -> set[tuple[tuple[int, int], ...]]:
+        whole = as_tuples(examples_of_step(order, order.num_examples, epoch, 0))
+        return {tuple(sorted(whole[i : i + 2])) for i in range(0, len(whole), 2)}
+
+    assert len(pairs_of(0) & pairs_of(1)) < 0.4 * len(pairs_of(0))
+    copied = pickle.loads(pickle.dumps(blocked_by_method()))  # noqa: S301 (our own object, as loaders get it)
+    whole = examples_of_step(blocked_by_method(), 50, 0, 1)
+    np.testing.assert_array_equal(examples_of_step(copied, 50, 0, 1), whole)
+
+
+def blocked_by_method() -> Order:
+    return Order((60, 60), seed=1, questions_per_clip=3, sample_questions=twelve_clips_of_five)
+
+
+def twelve_clips_of_five(shard: int) -> np.ndarray:
+    assert shard in (0, 1)
+    return np.full(12, 5)
+
+
+def test_seeking_in_blocks_reads_a_few_windows() -> None:
+    """10,000 shards: step 1,000,000 asks for the clips of the windows of its 8 runs and of no others."""
+    asked = []
+
+    def twelve_of_five(shard: int) -> np.ndarray:
+        asked.append(shard)
+        return np.full(2600, 5)
+
+    order = Order((13_000,) * 10_000, num_runs=8, questions_per_clip=4, sample_questions=twelve_of_five)
+    assert len(examples_of_step(order, 128, 0, 1_000_000)) == 128
+    assert len(asked) == 8 * 4
