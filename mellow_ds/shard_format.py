@@ -1,9 +1,9 @@
 """The one definition of a shard folder that writer and reader share: sample, index row, manifest.
 
 A shard folder holds `manifest.json` and, for each shard, `shard-000000.tar` and `shard-000000.index.npy`.
-A tar is plain WebDataset: for each clip the members `KEY.flac` (or `.wav`) and `KEY.json`, adjacent. The index is a
-numpy array of `INDEX_DTYPE`, one row a sample, so that a sample is read by two offsets and nothing else is touched.
-Nothing here decodes audio.
+A tar is plain WebDataset: for each clip the members `KEY.flac` (or `.wav`, `.opus`, or `.f16` with an encoder's
+features in place of the audio) and `KEY.json`, adjacent. The index is a numpy array of `INDEX_DTYPE`, one row a sample,
+so that a sample is read by two offsets and nothing else is touched. Nothing here decodes audio.
 """
 
 import dataclasses
@@ -20,7 +20,9 @@ from mellow_ds.errors import ShardError
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
-AUDIO_EXTENSIONS = ("flac", "wav")
+AUDIO_EXTENSIONS = ("flac", "wav", "opus")
+FEATURES_EXTENSION = "f16"
+FEATURES = "features"  # the codec of shards that hold an encoder's features
 MAX_MEMBER_BYTES = 256 * 1024 * 1024  # a longer member is not one of ours
 KEY_LENGTH = 32  # hexadecimal digits of a content hash
 
@@ -84,6 +86,27 @@ class SampleInfo:
 
 
 @dataclass(frozen=True)
+class FeatureInfo:
+    """What the features of a shard folder are: those of a frozen encoder, and of which.
+
+    The member of a clip holds `num_crops` times embeddings and posteriors, little-endian float16, without a header: one
+    crop of the clip window where the clip is no longer than that, else up to `max_crops`, evenly spaced from its start.
+    """
+
+    encoder: str  # hash over weights, sizes and front end of the encoder
+    encoder_name: str  # for people: kind and origin
+    clip_samples: int  # of the window that the encoder saw, at the manifest's rate
+    embeddings: tuple[int, int]  # [E, D] of a crop
+    posteriors: tuple[int, int]  # [P, classes] of a crop; (0, 0): the encoder gives none
+    max_crops: int
+
+    @property
+    def crop_bytes(self) -> int:
+        """Bytes of a crop."""
+        return 2 * (self.embeddings[0] * self.embeddings[1] + self.posteriors[0] * self.posteriors[1])
+
+
+@dataclass(frozen=True)
 class ShardInfo:
     """What the manifest says of one shard."""
 
@@ -100,18 +123,21 @@ class Manifest:
     """What the shards of a folder hold and how their audio was made."""
 
     sample_rate: int  # Hz
-    codec: str  # "flac" or "pcm"
+    codec: str  # "flac", "pcm", "opus" or "features"
     num_clips: int  # different clips
     num_questions: int
     subtypes: dict[str, int]  # questions by subtype
     shards: tuple[ShardInfo, ...]
     sources: dict[str, Any]  # what it was built from: JSON files with their SHA-256, tool version
+    features: FeatureInfo | None = None  # with the codec "features"
     format_version: int = FORMAT_VERSION
 
     @property
     def fingerprint(self) -> str:
         """Hash over everything that the content of the stream depends on; a resumed run compares it."""
         lines = [f"{self.format_version} {self.sample_rate} {self.codec}"]
+        if self.features is not None:
+            lines.append(f"{self.features.encoder} {self.features.clip_samples} {self.features.max_crops}")
         lines += [f"{s.name} {s.num_bytes} {s.sha256} {s.num_samples} {s.num_questions}" for s in self.shards]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:KEY_LENGTH]
 
@@ -147,7 +173,10 @@ def read_manifest(folder: str | Path) -> Manifest:
         )
     try:
         shards = tuple(ShardInfo(**shard) for shard in content.pop("shards"))
-        manifest = Manifest(shards=shards, **content)
+        features = _feature_info(content.pop("features", None))
+        manifest = Manifest(shards=shards, features=features, **content)
+        if (features is None) == (manifest.codec == FEATURES):
+            raise KeyError("features")
     except (TypeError, KeyError) as error:
         raise ShardError(f"{path} lacks or misnames a field ({error}): build the shards anew") from None
     for shard in manifest.shards:
@@ -158,6 +187,13 @@ def read_manifest(folder: str | Path) -> Manifest:
         if Path(shard.name).name != shard.name or not shard.name.endswith(".tar"):
             raise ShardError(f"{path} names the shard '{shard.name}', which is not a file name of this folder")
     return manifest
+
+
+def _feature_info(content: dict[str, Any] | None) -> FeatureInfo | None:
+    if content is None:
+        return None
+    shapes = {name: (int(content[name][0]), int(content[name][1])) for name in ("embeddings", "posteriors")}
+    return FeatureInfo(**{**content, **shapes})
 
 
 def read_index(folder: str | Path, shard: ShardInfo) -> np.ndarray:

@@ -12,10 +12,11 @@ import torch.distributed as dist
 
 from mellow_ds.checkpoint import CheckpointStore
 from mellow_ds.config.schema import TrainConfig
+from mellow_ds.data.kinds import Kinds
 from mellow_ds.data.stream import StepBatches
 from mellow_ds.engine.protocol import Engine, StepResult
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
-from mellow_ds.errors import EXIT_DONE, FaultError
+from mellow_ds.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, FaultError
 from mellow_ds.monitor.monitor import Monitor, StepRecord
 from mellow_ds.stopping import StopRequest
 from mellow_ds.world import World
@@ -27,6 +28,7 @@ class Stream(Protocol):
     """What the trainer reads from: the micro-batches of one rank, an optimizer step at a time."""
 
     steps_per_epoch: int
+    kinds: Kinds
 
     def __iter__(self) -> Iterator[StepBatches]: ...
 
@@ -43,6 +45,7 @@ class Progress:
     num_updates: int = 0  # steps that changed the weights
     num_examples: int = 0
     num_answer_tokens: int = 0
+    num_bad_samples: int = 0  # left out because they could not be read
 
 
 class Trainer:
@@ -85,9 +88,11 @@ class Trainer:
             step, wait_seconds = next(fetch)
             started = time.perf_counter()
             learning_rate = self._schedule.learning_rate(self.progress.step)
-            result = self._engine.train_step(step.micro_batches, learning_rate, self._clip.threshold())
+            result = self._engine.train_step(
+                step.micro_batches, learning_rate, self._clip.threshold(), self._stream.kinds.num_kinds
+            )
             self._advance(result)
-            exit_code = self._agreed_stop()
+            exit_code = self._agree(len(step.stats.bad_samples))
             self._record(result, learning_rate, wait_seconds, time.perf_counter() - started)
             self._save_if_due(exit_code)
         if exit_code:
@@ -115,11 +120,15 @@ class Trainer:
                 "instead of float16; the newest checkpoint is from before"
             )
 
-    def _agreed_stop(self) -> int:
-        """The exit code that any rank was asked for: all ranks stop after the same step."""
-        flag = torch.tensor(self._stop.exit_code, device=self._engine.device)
-        dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return int(flag)
+    def _agree(self, num_bad_samples: int) -> int:
+        """The exit code that any rank was asked for: all ranks stop after the same step. Bad samples are added up."""
+        asked = self._stop.exit_code
+        numbers = [asked == EXIT_STOPPED, asked == EXIT_INTERRUPTED, num_bad_samples]
+        totals = torch.tensor(numbers, dtype=torch.int64, device=self._engine.device)
+        dist.all_reduce(totals)
+        num_stopped, num_interrupted, num_bad = totals.tolist()
+        self.progress.num_bad_samples += num_bad
+        return EXIT_INTERRUPTED if num_interrupted else EXIT_STOPPED if num_stopped else EXIT_DONE
 
     def _record(self, result: StepResult, learning_rate: float, wait_seconds: float, step_seconds: float) -> None:
         seconds = wait_seconds + step_seconds
@@ -135,6 +144,8 @@ class Trainer:
                 answer_tokens_per_second=result.num_answer_tokens / seconds,
                 data_wait_fraction=wait_seconds / seconds,
                 seconds=seconds,
+                num_bad_samples=self.progress.num_bad_samples,
+                kind_losses=self._stream.kinds.sums(result.kind_losses),
             )
         )
 

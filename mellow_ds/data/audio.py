@@ -1,20 +1,24 @@
 """From a sample's compressed audio to the window of float32 samples that the encoder sees. Nothing else is decoded.
 
-Only the window is decoded. What a decoder finds is held against the index before a sample is taken from it: libsndfile
-itself reads half a file, an empty one or 1,024 channels without complaint.
+Only the window is decoded, of Opus also what stands before it. What a decoder finds is held against the index before a
+sample is taken from it: libsndfile itself reads half a file, an empty one or 1,024 channels without complaint.
 """
 
 import io
 import struct
+from fractions import Fraction
+from functools import lru_cache
+from math import ceil
+from typing import Any
 
 import numpy as np
 import soundfile
 
 from mellow_ds.prompt import draw_number
-from mellow_ds.shard_format import AUDIO_EXTENSIONS
 
 _INT16_SCALE = np.float32(1 / 32768)  # what libsndfile uses, so that PCM and FLAC give the same floats
-_FORMATS = {extension.upper() for extension in AUDIO_EXTENSIONS}
+_OPUS_RATE = 48_000  # Hz, at which every Opus stream is decoded
+_OPUS_MARGIN = 128  # samples around a window that resampling looks at: more than the filter's 6 zero crossings are wide
 _WAV_PCM = 1  # format tag; WAV of other forms is left to libsndfile
 _MAX_CLIP_FRAMES = 2**28  # 1 GB of float32, 2 hours at 32 kHz: a longer clip is damage or a decompression bomb
 
@@ -36,7 +40,8 @@ def crop_start(num_frames: int, window: int, seed: int | None, epoch: int, key: 
 def decode_window(audio: memoryview, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
     """Fill `out` (float32 [window], in -1 .. 1) with the clip from `start` on, zeros behind its end.
 
-    `audio` is a FLAC or WAV file, mono, of `sample_rate` Hz and `num_frames` samples; raises `AudioError` where not.
+    `audio` is a mono FLAC or WAV file of `sample_rate` Hz and `num_frames` samples, or Ogg Opus that comes to that when
+    it is resampled; raises `AudioError` where not.
     """
     length = min(len(out), num_frames - start)
     samples = _plain_pcm(audio, sample_rate)
@@ -61,9 +66,13 @@ def _decode(audio: memoryview, sample_rate: int, num_frames: int, start: int, ou
     """Fill `out` through libsndfile."""
     try:
         with soundfile.SoundFile(io.BytesIO(audio)) as file:
-            if file.format not in _FORMATS:
-                raise AudioError(f"it is {file.format}, not FLAC or WAV")
+            is_opus = (file.format, file.subtype) == ("OGG", "OPUS")
+            if file.format not in ("FLAC", "WAV") and not is_opus:
+                raise AudioError(f"it is {file.format}, not FLAC, WAV or Opus")
             _expect("channels", file.channels, 1)
+            if is_opus:
+                _decode_opus(file, sample_rate, num_frames, start, out)
+                return
             _expect("Hz", file.samplerate, sample_rate)
             _expect("frames", file.frames, num_frames)
             file.seek(start)
@@ -73,6 +82,38 @@ def _decode(audio: memoryview, sample_rate: int, num_frames: int, start: int, ou
     _expect("frames in the window", found, len(out))
     if not np.isfinite(out).all():
         raise AudioError("it holds samples that are not finite")
+
+
+def _decode_opus(file: soundfile.SoundFile, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
+    """Fill `out` from an Opus stream, decoded from its beginning (after a jump it is not exact) and resampled."""
+    _expect("Hz", file.samplerate, _OPUS_RATE)
+    ratio = Fraction(_OPUS_RATE, sample_rate)
+    _expect(f"frames when resampled from {file.frames}", ceil(file.frames / ratio), num_frames)
+    # both ends on a sample of the two rates, so that every window has the same samples where it overlaps another
+    step = ratio.denominator
+    first = max(start - _OPUS_MARGIN, 0) // step * step
+    last = -(-(start + len(out) + _OPUS_MARGIN) // step) * step
+    decoded = file.read(int(last * ratio), dtype="float32")[int(first * ratio) :]
+    resampled = _resample(decoded, ratio)[start - first : start - first + len(out)]
+    _expect("frames in the window", len(resampled), len(out))
+    np.clip(resampled, -1.0, 1.0, out=out)  # lossy: a loud clip may come back a little louder
+
+
+def _resample(samples: np.ndarray, ratio: Fraction) -> np.ndarray:
+    """[frames] at 1 / `ratio` of the rate, by torchaudio's windowed sinc, as in packing."""
+    if ratio == 1:
+        return samples
+    import torch
+
+    with torch.no_grad():
+        return _resampler(ratio)(torch.from_numpy(samples)).numpy()
+
+
+@lru_cache(maxsize=4)
+def _resampler(ratio: Fraction) -> Any:
+    from torchaudio.transforms import Resample
+
+    return Resample(ratio.numerator, ratio.denominator)
 
 
 def _expect(quantity: str, found: int, wanted: int) -> None:

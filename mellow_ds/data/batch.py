@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -12,8 +13,8 @@ IGNORE_INDEX = -100  # label of a position that the loss does not count; the val
 class Batch:
     """B examples over C different clips (a clip that several examples share stands once)."""
 
-    waveforms: torch.Tensor
-    """[C, S] float32 in -1 .. 1, zero-padded to the clip window."""
+    waveforms: torch.Tensor | None
+    """[C, S] float32 in -1 .. 1, zero-padded to the clip window; None where there are features."""
     input_ids: torch.Tensor
     """[B, T] int64; the separator's id where audio tokens go; right-padded in training, left-padded for generation."""
     attention_mask: torch.Tensor
@@ -29,6 +30,13 @@ class Batch:
     example_ids: tuple[str, ...] = ()
     """Ids of the examples, in row order; empty where the batch only keeps step with the other ranks."""
 
+    embeddings: torch.Tensor | None = None
+    """[C, E, D] float16: what a frozen encoder made of the clips, from feature shards."""
+    posteriors: torch.Tensor | None = None
+    """[C, P, classes] float16, with the embeddings, of encoders that give them."""
+    kinds: torch.Tensor | None = None
+    """[B] int64: the kind of each example, to report the loss by; None where it is not asked for."""
+
     @property
     def num_examples(self) -> int:
         """Examples that count."""
@@ -39,6 +47,14 @@ class Batch:
         """Tokens that the loss counts."""
         return int((self.labels != IGNORE_INDEX).sum())
 
+    def model_inputs(self) -> dict[str, Any]:
+        """The arguments of the model's `forward`; without `labels` those of `generate`."""
+        names = ("waveforms", "input_ids", "attention_mask", "labels", "clip_row", "clip_start", "clip_index")
+        inputs: dict[str, Any] = {name: getattr(self, name) for name in names}
+        if self.embeddings is not None:
+            inputs["audio_features"] = {"embeddings": self.embeddings, "posteriors": self.posteriors}
+        return inputs
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """The same batch on `device`."""
         return self._with_tensors(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -48,5 +64,6 @@ class Batch:
         return self._with_tensors(torch.Tensor.pin_memory)
 
     def _with_tensors(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "example_ids"}
-        return Batch(**{name: change(tensor) for name, tensor in tensors.items()}, example_ids=self.example_ids)
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {n: change(v) if isinstance(v, torch.Tensor) else v for n, v in values.items()}
+        return Batch(**changed)

@@ -1,6 +1,6 @@
-"""From rows of token ids and windows of audio to a `Batch`, padded no further than its longest row."""
+"""From rows of token ids and the tensors of clips to a `Batch`, padded no further than its longest row."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -12,12 +12,15 @@ from mellow_ds.prompt import ExampleRow, Layout
 def collate(
     rows: Sequence[ExampleRow],
     clips: Sequence[Sequence[int]],
-    waveforms: torch.Tensor,
+    audio: Mapping[str, torch.Tensor],
     example_ids: Sequence[str],
     pad_id: int,
     pad_left: bool,
+    kinds: Sequence[int] | None = None,
 ) -> Batch:
-    """The batch of B >= 1 rows; `clips` says for each row which of `waveforms` [C, S] stand at its clip starts.
+    """The batch of B >= 1 rows; `clips` says for each row which clips of `audio` stand at its clip starts.
+
+    `audio` holds the batch's fields for C clips: `waveforms`, or `embeddings` and `posteriors`.
 
     Rows are padded with `pad_id`, never attended to: on the right in training, on the left for generation.
     """
@@ -36,7 +39,7 @@ def collate(
         placements += [(number, start, index) for start, index in zip(starts, indices, strict=True)]
     clip_row, clip_start, clip_index = torch.tensor(placements, dtype=torch.int64).reshape(-1, 3).unbind(1)
     return Batch(
-        waveforms=waveforms,
+        **{"waveforms": None, **audio},
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         labels=torch.from_numpy(labels),
@@ -44,6 +47,7 @@ def collate(
         clip_start=clip_start.contiguous(),
         clip_index=clip_index.contiguous(),
         example_ids=tuple(example_ids),
+        kinds=None if kinds is None else torch.tensor(kinds, dtype=torch.int64),
     )
 
 
@@ -53,9 +57,8 @@ def prompt_row(layout: Layout, num_clips: int, prompt_ids: Sequence[int]) -> Exa
     return ExampleRow(ids, (IGNORE_INDEX,) * len(ids), starts)
 
 
-def empty_batch(layout: Layout, clip_samples: int) -> Batch:
-    """A batch of no examples, for a rank that has none left while the others work: one silent clip, no answer."""
+def empty_batch(layout: Layout, silence: Mapping[str, torch.Tensor]) -> Batch:
+    """A batch of no examples, for a rank that has none while the others work: no answer, the one clip `silence`."""
     num_clips = max(layout.num_clips, 1)
     row = prompt_row(layout, num_clips, [layout.end_id])
-    silence = torch.zeros(1, clip_samples)
     return collate([row], [[0] * num_clips], silence, (), layout.end_id, pad_left=False)

@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from mellow_ds.data.audio import AudioError, crop_start, decode_window
+from mellow_ds.data.audio import AudioError
 from mellow_ds.data.batch import Batch
+from mellow_ds.data.clips import Clips, FeatureClips, WaveformClips
 from mellow_ds.data.collate import collate, empty_batch, prompt_row
+from mellow_ds.data.kinds import Kinds
 from mellow_ds.data.reader import BadSampleError, Place, Sample, ShardReader
 from mellow_ds.errors import FaultError, ShardError
+from mellow_ds.multiple_choice import shuffle_options
 from mellow_ds.prompt import ExampleRow, Layout, draw_number, encode_answer, encode_prompt, render_question
 from mellow_ds.shard_format import Question
 
@@ -78,14 +81,16 @@ class _Found:
     """An example as it was read: texts and compressed clips."""
 
     question: Question
+    shard: int
+    epoch: int  # of its shard set
     prompt: str
     answer: str
     samples: tuple[Sample | None, ...]  # of its clips, then distractors; None: silence
 
     @property
-    def clip_keys(self) -> tuple[str, ...]:
-        """Keys of the clips of the row; empty for silence."""
-        return tuple(sample.place.key if sample else "" for sample in self.samples)
+    def crops(self) -> tuple[tuple[str, int], ...]:
+        """(key, epoch) of the clips of the row, which say what is cropped of each; no key for silence."""
+        return tuple((sample.place.key if sample else "", self.epoch) for sample in self.samples)
 
     def evaluated(self) -> EvalExample:
         """What an evaluator needs to know."""
@@ -107,34 +112,45 @@ class BatchBuilder:
         seed: int | None,
         with_answers: bool = True,
         silence_audio: bool = False,
+        shuffle_options: bool = False,
+        kinds: Kinds | None = None,
     ) -> None:
-        """`seed` None: evaluation (first phrasing, crop from the start). Without answers: rows for generation."""
+        """`seed` None: evaluation (first phrasing, crop from the start). Without answers: rows for generation.
+
+        `shuffle_options`: in training, options of multiple-choice questions stand in an order of their own each epoch.
+        `kinds`: number the examples by them, to report the loss by kind.
+        """
         self.reader = reader
         self.tokenizer = tokenizer
         self.layout = layout
-        self.clip_samples = clip_samples
         self.seed = seed
         self.with_answers = with_answers
         self.silence_audio = silence_audio
+        self.shuffle_options = shuffle_options
+        self.kinds = kinds
+        self.clips: Clips = WaveformClips(reader.sampling_rate, clip_samples)
+        if reader.features is not None:
+            self.clips = FeatureClips(reader.features)
 
-    def build(self, places: np.ndarray, epoch: int) -> LoadedBatch:
-        """The micro-batch of the examples at `places` ([n, 2] shard and question number, n may be 0).
+    def build(self, places: np.ndarray) -> LoadedBatch:
+        """The micro-batch of the examples at `places` ([n, 3] shard, question number and epoch; n may be 0).
 
         A sample that cannot be used leaves its examples out and is named in the stats; the batch is then of the others.
         """
         started = time.perf_counter()
         reading = _Reading(self.reader)
-        looked_up = [self._find(reading, shard, number, epoch) for shard, number in places.tolist()]
+        looked_up = [self._find(reading, shard, number, epoch) for shard, number, epoch in places.tolist()]
         found = [example for example in looked_up if example is not None]
-        waveforms, clip_numbers = self._decode(found, epoch, reading)
-        kept = [example for example in found if all(key in clip_numbers for key in example.clip_keys)]
+        audio, clip_numbers = self._decode(found, reading)
+        kept = [example for example in found if all(crop in clip_numbers for crop in example.crops)]
         rows, cut_prompts, cut_answers = self._rows(kept)
         if rows:
-            clips = [[clip_numbers[key] for key in example.clip_keys] for example in kept]
+            clips = [[clip_numbers[crop] for crop in example.crops] for example in kept]
             ids = [example.question.id for example in kept]
-            batch = collate(rows, clips, waveforms, ids, self.layout.end_id, pad_left=not self.with_answers)
+            kinds = self._kinds_of(kept)
+            batch = collate(rows, clips, audio, ids, self.layout.end_id, pad_left=not self.with_answers, kinds=kinds)
         else:
-            batch = empty_batch(self.layout, self.clip_samples)
+            batch = empty_batch(self.layout, self.clips.tensors(1))
         stats = LoadStats(
             num_examples=len(rows),
             num_samples=reading.num_samples,
@@ -163,7 +179,9 @@ class BatchBuilder:
             return None
         draw = None if self.seed is None else draw_number("phrasing", self.seed, epoch, question.id)
         prompt, answer = render_question(question.input, question.answer, question.captions, draw)
-        return _Found(question, prompt, answer, tuple(samples))
+        if self.shuffle_options and self.seed is not None:
+            prompt, answer = shuffle_options(prompt, answer, draw_number("options", self.seed, epoch, question.id))
+        return _Found(question, shard, epoch, prompt, answer, tuple(samples))
 
     def _distractors(
         self, reading: "_Reading", shard: int, question: Question, rows: Sequence[int], epoch: int
@@ -177,6 +195,11 @@ class BatchBuilder:
             )
         others = self.reader.num_samples(shard) - len(set(rows))
         for number in range(missing):
+            if not others and self.reader.features is not None:
+                raise ShardError(
+                    f"question {question.id} stands in a shard without another clip, and there are no features of "
+                    "silence to stand in for one: make larger shards, or use model.layout 'compact'"
+                )
             if not others:
                 yield None
                 continue
@@ -186,26 +209,24 @@ class BatchBuilder:
                 row += taken <= row
             yield reading.sample(shard, row)
 
-    def _decode(self, found: Sequence[_Found], epoch: int, reading: "_Reading") -> tuple[torch.Tensor, dict[str, int]]:
-        """Windows [C, S] of the different clips, and the number of each by its key; bad ones have none."""
+    def _decode(
+        self, found: Sequence[_Found], reading: "_Reading"
+    ) -> tuple[dict[str, torch.Tensor], dict[tuple[str, int], int]]:
+        """Tensors of the different crops, and the number of each by its clip and epoch; bad ones have none."""
         samples = {
-            key: sample for example in found for key, sample in zip(example.clip_keys, example.samples, strict=True)
+            crop: sample for example in found for crop, sample in zip(example.crops, example.samples, strict=True)
         }
-        waveforms = torch.empty(len(samples), self.clip_samples)
-        numbers: dict[str, int] = {}
-        for key, sample in samples.items():
-            out = waveforms[len(numbers)].numpy()
-            if sample is None or self.silence_audio:
-                out[:] = 0.0
-            else:
-                start = crop_start(sample.num_frames, self.clip_samples, self.seed, epoch, key)
+        tensors = self.clips.tensors(len(samples))
+        numbers: dict[tuple[str, int], int] = {}
+        for (key, epoch), sample in samples.items():
+            if sample is not None and not self.silence_audio:
                 try:
-                    decode_window(sample.audio, self.reader.sampling_rate, sample.num_frames, start, out)
+                    self.clips.fill(tensors, len(numbers), sample, self.seed, epoch)
                 except AudioError as error:
                     reading.bad[sample.place] = BadSampleError(sample.place, "audio", f"{error}; build the shards anew")
                     continue
-            numbers[key] = len(numbers)
-        return waveforms[: len(numbers)], numbers
+            numbers[key, epoch] = len(numbers)
+        return {name: tensor[: len(numbers)] for name, tensor in tensors.items()}, numbers
 
     def _rows(self, examples: Sequence[_Found]) -> tuple[list[ExampleRow], int, int]:
         """(rows, prompts that were cut, answers that were cut)."""
@@ -220,6 +241,11 @@ class BatchBuilder:
             else:
                 rows.append(prompt_row(layout, len(example.samples), prompt_ids))
         return rows, cut_prompts, cut_answers
+
+    def _kinds_of(self, examples: Sequence[_Found]) -> list[int] | None:
+        if self.kinds is None:
+            return None
+        return [self.kinds.number(example.shard, example.question.subtype) for example in examples]
 
     def _ids(self, encode: Callable[[Any, str], list[int]], example: _Found, text: str) -> list[int]:
         try:

@@ -1,11 +1,13 @@
 """Samples of shard folders by number, read by offset. Knows no order, no epoch, no tensors; decodes nothing.
 
-Sizes of all tars are checked when a reader is made, an index when its shard is first touched, a sample's checksum each
-time it is read. File positions are never used, so readers in several processes do not disturb each other.
+Sizes of all local tars are checked when a reader is made, an index when its shard is first touched, a sample's checksum
+each time it is read. A remote shard is downloaded whole when first needed (`shard_source`, `shard_cache`), then read
+like a local one. File positions are never used, so readers in several processes do not disturb each other.
 """
 
 import hashlib
 import os
+import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,22 +17,27 @@ from typing import Any, Generic, TypeVar
 
 import numpy as np
 
+from mellow_ds.config.schema import DataConfig
+from mellow_ds.data.fetch_ahead import FetchAhead
+from mellow_ds.data.remote import DEFAULT_RETRIES, Retries
+from mellow_ds.data.shard_cache import ShardCache, touch
+from mellow_ds.data.shard_source import ShardSource, open_source
 from mellow_ds.errors import ConfigError, ShardError
 from mellow_ds.shard_format import (
     KEY_LENGTH,
     MAX_MEMBER_BYTES,
+    FeatureInfo,
     Manifest,
     Question,
     SampleInfo,
     ShardInfo,
-    check_shard_size,
-    read_index,
-    read_manifest,
     sample_checksum,
 )
 
 _MAX_OPEN_FILES = 256  # a quarter of the usual limit of a process
 _MAX_INDEXES = 512  # 64 runs of windows of 4 shards, twice; 0.1 MB each for 256 MB of FLAC
+_IDLE_SECONDS = 60.0  # a file of the cache that is not read for so long is closed, and may be removed before others
+_AHEAD_PART = 0.5  # of the cache that downloads ahead may take: more, and they push out each other before they are read
 _MAX_GAP_BYTES = 4096  # members of a sample are read at once when no more than a tar header stands between them
 
 Value = TypeVar("Value")
@@ -101,39 +108,72 @@ class _Index:
 class ShardReader:
     """The samples and questions of one or several shard folders, as one numbered list of shards."""
 
-    def __init__(self, folders: Iterable[str | Path], sampling_rate: int) -> None:
-        """Read the manifests and check the size of every tar.
+    def __init__(
+        self,
+        folders: Iterable[str | Path],
+        sampling_rate: int,
+        cache_folder: str | Path = DataConfig.cache_folder,
+        cache_gigabytes: float = DataConfig.cache_gigabytes,
+        retries: Retries = DEFAULT_RETRIES,
+    ) -> None:
+        """Read the manifests and check the size of every local tar. `folders` are paths or addresses.
 
-        Raises `ShardError` for a folder, manifest or tar that is missing or not as stated, and `ConfigError` where
-        the shards were packed at another rate than `sampling_rate` Hz.
+        The cache and `retries` are for remote folders. Raises `ShardError` for a folder, manifest or tar that is
+        missing or not as stated; `ConfigError` where an address cannot be used, a shard is larger than the cache, the
+        folders hold different kinds of content, or were packed at another rate than `sampling_rate` Hz; `FaultError`
+        where the network fails.
         """
         self.sampling_rate = sampling_rate
         self.manifests: list[Manifest] = []
-        self.shards: list[tuple[Path, ShardInfo]] = []  # (folder, shard)
+        self.shards: list[tuple[Path, ShardInfo]] = []  # (folder on this machine, shard)
         self.subtypes: Counter[str] = Counter()  # questions by subtype
-        paths = [Path(folder) for folder in folders]
-        for path in paths:
-            self._add_folder(path)
+        self._sources: list[ShardSource] = []  # by folder
+        self._source_of: list[int] = []  # by shard
+        self._cache = ShardCache(cache_folder, round(cache_gigabytes * 1e9))
+        names = [str(folder) for folder in folders]
+        for name in names:
+            self._add_source(name, open_source(name, self._cache, retries))
         self.num_questions = tuple(shard.num_questions for _, shard in self.shards)  # by shard
         self.num_examples = sum(self.num_questions)
         if not self.num_examples:
-            names = ", ".join(map(str, paths)) or "(none given)"
-            raise ShardError(f"shard folders {names} hold no questions: name folders made by `mellow-shards build`")
+            given = ", ".join(names) or "(none given)"
+            raise ShardError(f"shard folders {given} hold no questions: name folders made by `mellow-shards build`")
+        self._start_empty()
+
+    @classmethod
+    def from_config(cls, folders: Iterable[str | Path], data: DataConfig) -> "ShardReader":
+        """The reader of `folders` with the rate and the cache that the configuration names."""
+        return cls(folders, data.sampling_rate, data.cache_folder, data.cache_gigabytes)
+
+    def _start_empty(self) -> None:
+        """Nothing open, nothing read yet."""
         self._indexes: _Newest[_Index] = _Newest(_MAX_INDEXES, self._load_index)
         self._files: _Newest[_OpenFile] = _Newest(_MAX_OPEN_FILES, self._open)
+        self._ahead: FetchAhead | None = None
+        self._examined: set[int] = set()  # shards whose cached file was hashed because a sample was bad
 
-    def _add_folder(self, folder: Path) -> None:
-        manifest = read_manifest(folder)
+    def _add_source(self, name: str, source: ShardSource) -> None:
+        manifest = source.manifest
         if manifest.sample_rate != self.sampling_rate:
             raise ConfigError(
-                f"{folder} was packed at {manifest.sample_rate} Hz, but data.sampling_rate is {self.sampling_rate}: "
+                f"{name} was packed at {manifest.sample_rate} Hz, but data.sampling_rate is {self.sampling_rate}: "
                 "set data.sampling_rate to the shards' rate, or pack anew"
             )
-        for shard in manifest.shards:
-            check_shard_size(folder, shard)
-            self.shards.append((folder, shard))
+        if self.manifests and manifest.features != self.features:
+            raise ConfigError(
+                f"{name} holds {_content(manifest)}, but the shards before it hold {_content(self.manifests[0])}: "
+                "train on shards of one kind"
+            )
+        self.shards += [(source.folder, shard) for shard in manifest.shards]
+        self._source_of += [len(self._sources)] * len(manifest.shards)
+        self._sources.append(source)
         self.manifests.append(manifest)
         self.subtypes.update(manifest.subtypes)
+
+    @property
+    def features(self) -> FeatureInfo | None:
+        """What the features are that the shards hold; None where they hold audio."""
+        return self.manifests[0].features
 
     @property
     def fingerprint(self) -> str:
@@ -144,6 +184,11 @@ class ShardReader:
     def num_samples(self, shard: int) -> int:
         """Clips of a shard."""
         return self.shards[shard][1].num_samples
+
+    def sample_questions(self, shard: int) -> np.ndarray:
+        """[samples] number of questions of each sample of a shard, in the order of storage."""
+        counts: np.ndarray = self._indexes[shard].rows["num_questions"]
+        return counts
 
     def locate(self, shard: int, question: int) -> tuple[int, int]:
         """(row of the sample that holds it, number in that sample) of question number `question` of a shard."""
@@ -156,7 +201,18 @@ class ShardReader:
         return tuple(self._row(shard, key, sample) for key in question.clips)
 
     def sample(self, shard: int, row: int) -> Sample:
-        """Read a sample and check it; raises `BadSampleError` naming shard, key and offset."""
+        """Read a sample and check it; raises `BadSampleError` naming shard, key and offset.
+
+        Where the file of a remote shard was damaged in the cache, it is fetched again, once.
+        """
+        try:
+            return self._sample(shard, row)
+        except BadSampleError:
+            if not self._renew(shard):
+                raise
+        return self._sample(shard, row)
+
+    def _sample(self, shard: int, row: int) -> Sample:
         entry = self._indexes[shard].rows[row]
         place = self._place(shard, entry, "audio_offset")
         audio, text = self._read_members(shard, entry, place)
@@ -172,22 +228,49 @@ class ShardReader:
             text = self._read(shard, place, place.offset, int(entry["json_bytes"]))
             yield SampleInfo.from_json(bytes(text), str(place))
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether any of the shards comes over the network."""
+        return any(source.is_remote for source in self._sources)
+
+    def prefetch(self, shards: Iterable[int]) -> None:
+        """Bring remote shards to this machine in the background, in this order, in place of those asked for before.
+
+        Returns at once. No more are fetched than fill half of the cache. What goes wrong is raised when the shard is
+        read. Local shards are left alone.
+        """
+        wanted: list[int] = []
+        room = self._cache.max_bytes * _AHEAD_PART or float("inf")
+        for shard in dict.fromkeys(shards):
+            room -= self.shards[shard][1].num_bytes
+            if room < 0:
+                break
+            if self._source(shard).is_remote:
+                wanted.append(shard)
+        if wanted and self._ahead is None:
+            self._ahead = FetchAhead(lambda shard: self._source(shard).fetch(self.shards[shard][1]))
+        if self._ahead is not None:
+            self._ahead.ask(wanted)
+
     def close(self) -> None:
         """Close all files; they open again when needed."""
         self._files.clear()
 
     def __getstate__(self) -> dict[str, Any]:
         # a loader process opens its own files and reads its own indexes; sizes were checked here
-        return {name: value for name, value in self.__dict__.items() if name not in ("_indexes", "_files")}
+        own = ("_indexes", "_files", "_ahead", "_examined")
+        return {name: value for name, value in self.__dict__.items() if name not in own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._indexes = _Newest(_MAX_INDEXES, self._load_index)
-        self._files = _Newest(_MAX_OPEN_FILES, self._open)
+        self._start_empty()
+
+    def _source(self, shard: int) -> ShardSource:
+        return self._sources[self._source_of[shard]]
 
     def _place(self, shard: int, entry: np.void, offset: str) -> Place:
-        folder, info = self.shards[shard]
-        return Place(str(folder / info.name), entry["key"].decode(), int(entry[offset]))
+        where = self._source(shard).where(self.shards[shard][1])
+        return Place(where, entry["key"].decode("ascii", "replace"), int(entry[offset]))
 
     def _row(self, shard: int, key: str, sample: Sample) -> int:
         """Row of the clip `key`, which a question of `sample` names."""
@@ -200,23 +283,42 @@ class ShardReader:
         return int(index.by_key[place])
 
     def _load_index(self, shard: int) -> _Index:
-        folder, info = self.shards[shard]
-        rows = read_index(folder, info)
+        self._raise_fetch_error(shard)
+        source, info = self._source(shard), self.shards[shard][1]
+        rows = source.rows(info)
         starts = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(rows["num_questions"], dtype=np.int64)])
         if starts[-1] != info.num_questions:
             raise ShardError(
-                f"the index of {folder / info.name} counts {starts[-1]} questions; the manifest says "
+                f"the index of {source.where(info)} counts {starts[-1]} questions; the manifest says "
                 f"{info.num_questions}: build the shards anew"
             )
-        return _Index(rows, starts, np.argsort(rows["key"], kind="stable"))
+        by_key = np.argsort(rows["key"], kind="stable")
+        keys = rows["key"][by_key]
+        if len(doubles := keys[1:][keys[1:] == keys[:-1]]):
+            double = doubles[0].decode("ascii", "replace")
+            raise ShardError(f"{source.where(info)} holds the clip {double} twice: build the shards anew")
+        return _Index(rows, starts, by_key)
 
     def _open(self, shard: int) -> "_OpenFile":
-        folder, info = self.shards[shard]
-        check_shard_size(folder, info)  # again: it may have been replaced since the start
-        try:
-            return _OpenFile(os.open(folder / info.name, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0)))
-        except OSError as error:
-            raise ShardError(f"{folder / info.name} cannot be opened ({error.strerror})") from None
+        self._raise_fetch_error(shard)
+        source = self._source(shard)
+        if source.is_remote:
+            self._files.forget(_OpenFile.is_in_the_way)
+        return _OpenFile(source.open(self.shards[shard][1]), source.is_remote)
+
+    def _raise_fetch_error(self, shard: int) -> None:
+        if self._ahead is not None:
+            self._ahead.raise_error_of(shard)
+
+    def _renew(self, shard: int) -> bool:
+        """Whether reading a shard again may help: its cached file was damaged and is removed."""
+        if shard in self._examined or not self._source(shard).is_remote:
+            return False
+        self._examined.add(shard)
+        if not self._source(shard).renew(self.shards[shard][1], self._files[shard].descriptor):
+            return False
+        self._files.forget_number(shard)
+        return True
 
     def _read_members(self, shard: int, entry: np.void, place: Place) -> tuple[memoryview, memoryview]:
         """(audio, JSON) of a sample; with one read where they are neighbours, which they are."""
@@ -233,7 +335,10 @@ class ShardReader:
         if length > MAX_MEMBER_BYTES:
             raise ShardError(f"{place}: its {length} bytes are more than a sample may have ({MAX_MEMBER_BYTES})")
         try:
-            block = os.pread(self._files[shard].descriptor, length, offset)
+            file = self._files[shard]
+            if file.is_cached:
+                file.note_use()
+            block = os.pread(file.descriptor, length, offset)
         except OSError as error:
             raise ShardError(f"{place}: reading failed ({error.strerror}): check the disk or the mount") from None
         if len(block) != length:
@@ -242,11 +347,30 @@ class ShardReader:
         return memoryview(block)
 
 
+def _content(manifest: Manifest) -> str:
+    return "audio" if manifest.features is None else f"features of {manifest.features.encoder_name}"
+
+
 class _OpenFile:
     """A descriptor that is closed with its last reference."""
 
-    def __init__(self, descriptor: int) -> None:
+    def __init__(self, descriptor: int, is_cached: bool) -> None:
         self.descriptor = descriptor
+        self.is_cached = is_cached  # a file of the cache, which removes what was used longest ago
+        self._used = self._told = time.monotonic()
+
+    def note_use(self) -> None:
+        """Keep in mind that it is being read, and tell the cache now and then."""
+        self._used = time.monotonic()
+        if self._used - self._told > _IDLE_SECONDS:
+            self._told = self._used
+            touch(self.descriptor)
+
+    def is_in_the_way(self) -> bool:
+        """Whether it keeps disk space of the cache for nothing: idle, or removed, which frees it only once closed."""
+        if not self.is_cached:
+            return False
+        return time.monotonic() - self._used > _IDLE_SECONDS or os.fstat(self.descriptor).st_nlink == 0
 
     def __del__(self) -> None:
         os.close(self.descriptor)
@@ -267,6 +391,15 @@ class _Newest(Generic[Value]):
             self._values[number] = self._make(number)
         self._values.move_to_end(number)
         return self._values[number]
+
+    def forget(self, unwanted: Callable[[Value], bool]) -> None:
+        """Forget those values of which `unwanted` holds."""
+        for number in [number for number, value in self._values.items() if unwanted(value)]:
+            del self._values[number]
+
+    def forget_number(self, number: int) -> None:
+        """Forget the value of `number`, where it is known."""
+        self._values.pop(number, None)
 
     def clear(self) -> None:
         """Forget all."""

@@ -4,6 +4,7 @@ What a stream yields is a function of (shards, configuration, step, world); load
 """
 
 import logging
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import TracebackType
@@ -14,13 +15,15 @@ import numpy as np
 from mellow_ds.config.schema import DataConfig, TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.data.examples import BatchBuilder, EvalExample, LoadedBatch, LoadStats
+from mellow_ds.data.kinds import kinds_from_config
 from mellow_ds.data.loader import OrderedLoader
+from mellow_ds.data.mixture import epochs_from_config
 from mellow_ds.data.order import (
     BatchPlan,
+    Epochs,
     Order,
     examples_of_rank,
     micro_batches,
-    order_from_config,
     rank_slice,
     steps_per_epoch,
 )
@@ -31,6 +34,9 @@ from mellow_ds.world import World
 
 _log = logging.getLogger("mellow_ds.data")
 _ENDLESS = 2**62  # more steps than any run has
+_STEPS_BETWEEN_LOOKS = 8  # at what remote shards the steps ahead read
+_LOOKS_AHEAD = 12  # 1, 2, 4, ... 2048 steps
+_MAX_NAMED = 5  # kinds and shards of bad samples in a message
 _MIN_JUDGED_SAMPLES = 1000  # one bad sample among the first few is no fraction yet
 
 
@@ -68,19 +74,24 @@ class TrainStream:
         `ConfigError` where the settings that the order follows from have changed, or the global batch is too small.
         """
         self.plan = BatchPlan.from_config(train, world)
-        self.order = order_from_config(reader.num_questions, data, train.seed)
-        self.steps_per_epoch = steps_per_epoch(self.order.num_examples, self.plan.global_batch_size)
-        self._fixed_state = _fixed_state(reader, self.order, self.plan)
+        self.epochs = epochs_from_config(reader, data, train.seed)
+        self.kinds = kinds_from_config(reader, data)
+        self.steps_per_epoch = steps_per_epoch(self.epochs.num_examples, self.plan.global_batch_size)
+        self._fixed_state = _fixed_state(reader, data, train.seed, self.plan)
         if state is not None:
             _check_state(state, self._fixed_state)
             start_step = int(state["step"])
         self._step = start_step  # the next to come out
         self._end_step = _ENDLESS if end_step is None else end_step
         self._bad = _BadSamples(data.max_bad_fraction, reader.num_examples)
-        builder = BatchBuilder(reader, tokenizer, layout, data.clip_samples, train.seed)
+        self._reader, self._world = reader, world
+        builder = BatchBuilder(
+            reader, tokenizer, layout, data.clip_samples, train.seed,
+            shuffle_options=data.shuffle_options, kinds=self.kinds,
+        )  # fmt: skip
         parts = self.plan.micro_batches
         self._loader: OrderedLoader[LoadedBatch] = OrderedLoader(
-            _TrainItems(builder, self.order, self.plan, world),
+            _TrainItems(builder, self.epochs, self.plan, world),
             range(start_step * parts, self._end_step * parts),
             train.num_workers,
             items_ahead=parts + train.num_workers,  # a whole step while one is computed
@@ -95,6 +106,7 @@ class TrainStream:
         if self._step >= self._end_step:
             self.close()
             raise StopIteration
+        self._fetch_ahead()
         loaded = [next(self._loader) for _ in range(self.plan.micro_batches)]
         stats = sum((part.stats for part in loaded), LoadStats())
         self._bad.count(stats)
@@ -104,14 +116,25 @@ class TrainStream:
         batches = tuple(part.batch for part in loaded)
         return StepBatches(step, epoch, step_in_epoch, batches, stats, self.state())
 
+    def _fetch_ahead(self) -> None:
+        """Let remote shards come before they are read: those of this step, of the next, and ever farther ones."""
+        if not self._reader.is_remote or self._step % _STEPS_BETWEEN_LOOKS:
+            return
+        found: list[int] = []
+        for ahead in (0, *(2**n for n in range(_LOOKS_AHEAD))):
+            step = min(self._step + ahead, self._end_step - 1)
+            found += _examples_of(self.epochs, self.plan, step, self._world)[:, 0].tolist()
+        self._reader.prefetch(found)
+
     def state(self) -> dict[str, Any]:
         """Where the next step stands, as plain values: what has come out, not what was prepared ahead."""
         epoch, step_in_epoch = divmod(self._step, self.steps_per_epoch)
         return {"step": self._step, "epoch": epoch, "step_in_epoch": step_in_epoch, **self._fixed_state}
 
     def close(self) -> None:
-        """End the loader processes."""
+        """End the loader processes; say what was left out."""
         self._loader.close()
+        self._bad.report()
 
     def __enter__(self) -> "TrainStream":
         return self
@@ -180,16 +203,21 @@ class _TrainItems:
     """Micro-batch number i of the run: part i % A of step i // A."""
 
     builder: BatchBuilder
-    order: Order
+    epochs: Epochs
     plan: BatchPlan
     world: World
 
     def __call__(self, number: int) -> LoadedBatch:
         step, part = divmod(number, self.plan.micro_batches)
-        size = self.plan.global_batch_size
-        epoch, step_in_epoch = divmod(step, steps_per_epoch(self.order.num_examples, size))
-        places = examples_of_rank(self.order, size, epoch, step_in_epoch, self.world.rank, self.world.size)
-        return self.builder.build(micro_batches(places, self.plan.micro_batches)[part], epoch)
+        places = _examples_of(self.epochs, self.plan, step, self.world)
+        return self.builder.build(micro_batches(places, self.plan.micro_batches)[part])
+
+
+def _examples_of(epochs: Epochs, plan: BatchPlan, step: int, world: World) -> np.ndarray:
+    """[n, 3] a rank's part of step number `step` of the run (see `examples_of_rank`)."""
+    size = plan.global_batch_size
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(epochs.num_examples, size))
+    return examples_of_rank(epochs, size, epoch, step_in_epoch, world.rank, world.size)
 
 
 @dataclass(frozen=True)
@@ -197,11 +225,11 @@ class _EvalItems:
     """Batch number i of a rank."""
 
     builder: BatchBuilder
-    places: np.ndarray  # [n, 2]
+    places: np.ndarray  # [n, 3]
     num_batches: int
 
     def __call__(self, number: int) -> LoadedBatch:
-        return self.builder.build(self.places[rank_slice(len(self.places), number, self.num_batches)], epoch=0)
+        return self.builder.build(self.places[rank_slice(len(self.places), number, self.num_batches)])
 
 
 class _BadSamples:
@@ -212,12 +240,14 @@ class _BadSamples:
         self._min_judged = min(_MIN_JUDGED_SAMPLES, num_examples)
         self._num_samples = 0
         self._num_bad = 0
+        self._by_kind: Counter[str] = Counter()  # of bad ones, by kind and shard
 
     def count(self, stats: LoadStats) -> None:
         """Take the counts of a step; raise `ShardError` past the fraction."""
         self._num_samples += stats.num_samples
         for error in stats.bad_samples:
             self._num_bad += 1
+            self._by_kind[f"{error.kind} in {error.place.shard}"] += 1
             if self._max_fraction == 0:
                 raise error
             if self._num_bad & (self._num_bad - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
@@ -225,19 +255,35 @@ class _BadSamples:
             if self._num_bad > self._max_fraction * max(self._num_samples, self._min_judged):
                 raise ShardError(
                     f"{self._num_bad} of {self._num_samples} samples read were bad, more than data.max_bad_fraction "
-                    f"({self._max_fraction}) allows; the last: {error}"
+                    f"({self._max_fraction}) allows ({self.summary()}); the last: {error}"
                 )
 
+    def report(self) -> None:
+        """Say once what was left out."""
+        if self._by_kind:
+            _log.warning("samples left out on this rank: %s", self.summary())
+            self._by_kind.clear()
 
-def _fixed_state(reader: ShardReader, order: Order, plan: BatchPlan) -> dict[str, Any]:
+    def summary(self) -> str:
+        """How many of what kind in which shard, the most frequent first; empty where all were good."""
+        found = [f"{count} x {name}" for name, count in self._by_kind.most_common(_MAX_NAMED)]
+        others = len(self._by_kind) - len(found)
+        return ", ".join(found) + (f" and {others} more" if others > 0 else "")
+
+
+def _fixed_state(reader: ShardReader, data: DataConfig, seed: int, plan: BatchPlan) -> dict[str, Any]:
     """The part of the state that stays: all that the order of the examples follows from."""
+    mixture = [f"{len(part.shards)} {part.weight} {part.epochs}" for part in data.mixture]
     return {
         "fingerprint": reader.fingerprint,
-        "seed": order.seed,
+        "seed": seed,
         "global_batch_size": plan.global_batch_size,
-        "shuffle": order.shuffle,
-        "shuffle_window": order.window_shards,
-        "order_runs": order.num_runs,
+        "shuffle": data.shuffle,
+        "shuffle_window": data.shuffle_window,
+        "order_runs": data.order_runs,
+        "questions_per_clip": data.questions_per_clip,
+        "shuffle_options": data.shuffle_options,
+        "mixture": mixture,
     }
 
 
@@ -250,8 +296,8 @@ def _check_state(state: dict[str, Any], own: dict[str, Any]) -> None:
         )
     sections = {"seed": "train", "global_batch_size": "train"}
     for name, value in own.items():
-        if state[name] != value:
+        if state.get(name) != value:
             raise ConfigError(
-                f"{sections.get(name, 'data')}.{name} is {value}, but the run to go on with has {state[name]}: which "
-                "examples are left follows from it; set it back, or start a new run"
+                f"{sections.get(name, 'data')}.{name} is {value}, but the run to go on with has {state.get(name)}: "
+                "which examples are left follows from it; set it back, or start a new run"
             )

@@ -11,11 +11,15 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mellow_ds.data.audio import AudioError, decode_clip
 from mellow_ds.errors import ShardError
 from mellow_ds.shard_format import (
     AUDIO_EXTENSIONS,
+    FEATURES_EXTENSION,
     MAX_MEMBER_BYTES,
+    FeatureInfo,
     SampleInfo,
     ShardInfo,
     check_shard_size,
@@ -32,6 +36,8 @@ def as_webdataset(
     nodesplitter: Callable[[Iterable[Any]], Iterator[Any]] | None = None,
 ) -> Any:
     """A `webdataset` pipeline of dicts `key`, `audio` (float32 [samples]), `sample_rate` (Hz), `info` (SampleInfo).
+
+    Feature shards give `features` (float16 [crops, numbers], as in the manifest's `features`) in place of the audio.
 
     Shards are split over ranks (webdataset's `split_by_node`, or `nodesplitter`) and loader processes;
     `shuffle_samples` > 0 shuffles in a buffer of so many compressed samples. The result has webdataset's methods
@@ -53,7 +59,7 @@ def as_webdataset(
     pipeline.append(partial(_read_shards, Path(folder), {shard.name: shard for shard in manifest.shards}))
     if shuffle_samples:
         pipeline = pipeline.shuffle(shuffle_samples, seed=seed)
-    return pipeline.map(_decode_sample)
+    return pipeline.map(partial(_decode_sample, manifest.features))
 
 
 def _read_shards(
@@ -98,16 +104,19 @@ def _where(sample: dict[str, Any]) -> str:
 def _audio_and_json(sample: dict[str, Any]) -> tuple[bytes, bytes]:
     """The two members of a sample; raises `ShardError` where there are others, whatever their names."""
     names = [name for name in sample if not name.startswith("__")]
-    audio = [name for name in names if name in AUDIO_EXTENSIONS]
+    audio = [name for name in names if name in (*AUDIO_EXTENSIONS, FEATURES_EXTENSION)]
     if len(audio) != 1 or sorted(names) != sorted([*audio, "json"]):
         raise ShardError(f"{_where(sample)} has the members {', '.join(names)}; wanted are one of audio and json")
     return sample[audio[0]], sample["json"]
 
 
-def _decode_sample(sample: dict[str, Any]) -> dict[str, Any]:
+def _decode_sample(features: FeatureInfo | None, sample: dict[str, Any]) -> dict[str, Any]:
     where = _where(sample)
     audio, text = _audio_and_json(sample)
     info = SampleInfo.from_json(text, where)
+    if features is not None:
+        crops = np.frombuffer(audio, dtype="<f2").reshape(-1, features.crop_bytes // 2)
+        return {"key": sample["__key__"], "features": crops, "sample_rate": info.sample_rate, "info": info}
     try:
         decoded = decode_clip(memoryview(audio), info.sample_rate, info.num_frames)
     except AudioError as error:

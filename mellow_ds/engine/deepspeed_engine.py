@@ -4,7 +4,6 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import fields
 from typing import Any, cast
 
 import deepspeed
@@ -23,7 +22,7 @@ from torch import nn
 from mellow_ds.config.schema import TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.ds_config import StepShape, offloads_optimizer, resolve_engine_json, zero_stage
-from mellow_ds.engine.loss import count_step, global_mean_loss, loss_for_backward
+from mellow_ds.engine.loss import LossSums, count_step, loss_for_backward
 from mellow_ds.engine.optimizer import gradient_norm, parameter_groups, torch_optimizer
 from mellow_ds.engine.protocol import ParameterState, StepResult
 from mellow_ds.errors import ConfigError
@@ -66,22 +65,25 @@ class DeepSpeedEngine:
         self._norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         self.name = f"DeepSpeed ZeRO-{self._stage} ({optimizer_name}, {shape.precision})"
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float) -> StepResult:
+    def train_step(
+        self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float, num_kinds: int = 0
+    ) -> StepResult:
         """See `Engine.train_step`."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         totals = count_step(batches, self.device)
-        loss_sum = torch.zeros((), dtype=torch.float32, device=self.device)
+        sums = LossSums(num_kinds, self.device)
         for number, batch in enumerate(batches):
             self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            output = self._engine(**_model_inputs(batch.to(self.device, non_blocking=True)))
-            loss_sum += output.loss_sum.detach()
+            batch = batch.to(self.device, non_blocking=True)
+            output = self._engine(**batch.model_inputs())
+            sums.add(batch, output.loss_sum, output.row_losses)
             self._engine.backward(loss_for_backward(output.loss_sum, totals, self._world_size), scale_wrt_gas=False)
         grad_norm = self._clip_and_step(max_grad_norm)
         _average_statistics(self._norms)
         skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        loss = global_mean_loss(loss_sum, totals)
-        return StepResult(loss, grad_norm, totals.num_answer_tokens, totals.num_examples, skipped)
+        loss, kind_losses = sums.over_all_ranks(totals)
+        return StepResult(loss, grad_norm, totals.num_answer_tokens, totals.num_examples, skipped, kind_losses)
 
     def _clip_and_step(self, max_grad_norm: float) -> float:
         if not hasattr(self._engine.optimizer, "clip_grad"):
@@ -297,10 +299,6 @@ def _is_cpu_adam(optimizer: torch.optim.Optimizer) -> bool:
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _model_inputs(batch: Batch) -> dict[str, torch.Tensor]:
-    return {f.name: getattr(batch, f.name) for f in fields(batch) if f.name != "example_ids"}
 
 
 def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
-from mellow_ds.data.batch import Batch
+from mellow_ds.data.batch import IGNORE_INDEX, Batch
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,25 @@ def loss_for_backward(loss_sum: torch.Tensor, totals: StepTotals, world_size: in
     return loss_sum * (world_size / max(totals.num_answer_tokens, 1))
 
 
-def global_mean_loss(loss_sum: torch.Tensor, totals: StepTotals) -> float:
-    """The loss of the step, the same on all ranks, from each rank's detached sum (a collective call)."""
-    total = loss_sum.detach().to(torch.float64, copy=True)
-    dist.all_reduce(total)
-    return float(total) / max(totals.num_answer_tokens, 1)
+class LossSums:
+    """Sums of the losses of answer tokens over the micro-batches of a step, in all and by kind of example."""
+
+    def __init__(self, num_kinds: int, device: torch.device) -> None:
+        self._totals = torch.zeros(1 + 2 * num_kinds, dtype=torch.float64, device=device)
+        self._num_kinds = num_kinds
+
+    def add(self, batch: Batch, loss_sum: torch.Tensor, row_losses: torch.Tensor | None) -> None:
+        """Count a micro-batch: its loss sum [], and its rows' [B] where the batch has kinds."""
+        self._totals[0] += loss_sum.detach()
+        if batch.kinds is None or row_losses is None or not self._num_kinds:
+            return
+        counts = (batch.labels[:, 1:] != IGNORE_INDEX).sum(dim=1)
+        self._totals[1 : 1 + self._num_kinds].index_add_(0, batch.kinds, row_losses.double())
+        self._totals[1 + self._num_kinds :].index_add_(0, batch.kinds, counts.double())
+
+    def over_all_ranks(self, totals: StepTotals) -> tuple[float, tuple[tuple[float, float], ...]]:
+        """(mean loss of the step, by kind (loss sum, answer tokens)), the same on all ranks (a collective call)."""
+        dist.all_reduce(self._totals)
+        numbers = self._totals.tolist()
+        sums, counts = numbers[1 : 1 + self._num_kinds], numbers[1 + self._num_kinds :]
+        return numbers[0] / max(totals.num_answer_tokens, 1), tuple(zip(sums, counts, strict=True))

@@ -20,6 +20,7 @@ class StepResult:
     num_answer_tokens: int
     num_examples: int
     skipped: bool  # float16: gradients overflowed, weights are unchanged
+    kind_losses: tuple[tuple[float, float], ...] = ()  # by kind of example (`Batch.kinds`): loss sum, answer tokens
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,13 @@ class Engine(Protocol):
     name: str  # for the log, such as "DeepSpeed ZeRO-2 (torch fused AdamW, float32)"
     device: torch.device
 
-    def train_step(self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float) -> StepResult:
-        """One optimizer step on this rank's micro-batches; every rank brings the same number. 0 clips nothing."""
+    def train_step(
+        self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float, num_kinds: int = 0
+    ) -> StepResult:
+        """One optimizer step on this rank's micro-batches; every rank brings the same number.
+
+        `max_grad_norm` 0 clips nothing. `num_kinds` > 0: report the loss by `Batch.kinds`, numbers below that.
+        """
         ...
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:

@@ -178,14 +178,10 @@ class _Generator:
         """Greedy answers to the examples of a batch; rows beyond `examples` only keep step with other ranks."""
         if not examples:
             return []
-        batch = batch.to(self.device, non_blocking=True)
+        inputs = batch.to(self.device, non_blocking=True).model_inputs()
+        del inputs["labels"]
         new_ids = self.model.generate(
-            input_ids=batch.input_ids,
-            attention_mask=batch.attention_mask,
-            waveforms=batch.waveforms,
-            clip_row=batch.clip_row,
-            clip_start=batch.clip_start,
-            clip_index=batch.clip_index,
+            **inputs,
             max_new_tokens=self.max_new_tokens,
             do_sample=False,
             use_cache=True,

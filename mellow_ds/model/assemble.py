@@ -25,7 +25,7 @@ from mellow_ds.model.decoder import (
     load_decoder_tokenizer,
     load_named_tokenizer,
 )
-from mellow_ds.model.encoders import check_encoder, count_audio_tokens, load_waveform_weights
+from mellow_ds.model.encoders import WaveformEncoder, build_encoder, check_encoder, count_audio_tokens, load_waveform_weights
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.model.published import load_pretrained_encoder
 from mellow_ds.model.tokenizer import END_OF_TEXT, train_tokenizer
@@ -153,6 +153,30 @@ def build_model(
         encoder=not encoder.freeze_audio_encoder_weights, decoder=not model_config.decoder.freeze_gpt_weights
     )
     return model
+
+
+def build_pretrained_encoder(
+    model_config: ModelConfig, data_config: DataConfig
+) -> tuple[torch.nn.Module, MellowEncoderConfig, str]:
+    """(encoder with pretrained weights in eval mode, its configuration, kind and origin of the weights).
+
+    Raises `ConfigError` where the configuration names no weights.
+    """
+    config = build_encoder_config(model_config, data_config)
+    encoder = build_encoder(config)
+    named = model_config.encoder
+    if named.use_pretrained_audioencoder:
+        load_pretrained_encoder(encoder, named.pretrained_audioencoder_path)
+        origin = named.pretrained_audioencoder_path
+    elif isinstance(encoder, WaveformEncoder):
+        load_waveform_weights(encoder, named.audioenc_name)
+        origin = named.audioenc_name
+    else:
+        raise ConfigError(
+            "the configuration names no weights of the encoder, and features of an untrained one are noise: set "
+            "model.encoder.use_pretrained_audioencoder and pretrained_audioencoder_path, or give --checkpoint"
+        )
+    return encoder.eval(), config, f"{config.kind} of {Path(origin).name}"
 
 
 def build_config(

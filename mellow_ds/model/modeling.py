@@ -1,5 +1,6 @@
 """The model: encoder, projector and decoder put together; loss on answer tokens, and generation with a cache."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,8 @@ class MellowOutput(ModelOutput):
     """[] float32, sum over the answer tokens of this batch; with labels."""
     num_answer_tokens: torch.Tensor | None = None
     """[] int64; with labels."""
+    row_losses: torch.Tensor | None = None
+    """[B] float32 without a graph, sum over each row's answer tokens; with labels."""
     logits: torch.Tensor | None = None
     """With labels [N, V], one row an answer token in row order; without [B, T, V]."""
     past_key_values: Cache | None = None
@@ -139,7 +142,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         clip_row: torch.Tensor | None = None,
         clip_start: torch.Tensor | None = None,
         clip_index: torch.Tensor | None = None,
-        audio_features: AudioFeatures | None = None,
+        audio_features: Mapping[str, torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Token embeddings [B, T, D] with each placement's audio tokens in their place (see `mellow_ds.data.batch`)."""
         if input_ids is None:
@@ -151,7 +154,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audio_features = self.encode(waveforms)
         if clip_row is None or clip_start is None or clip_index is None:
             raise MellowError("clips without clip_row, clip_start and clip_index: say where their tokens go")
-        tokens = self.projector(audio_features)  # [C, A, D]
+        tokens = self.projector(_as_numbers_of(self.projector, audio_features))  # [C, A, D]
         if tokens.shape[1] != self.num_audio_tokens:
             # the row has room for num_audio_tokens; more would run over the prompt without a word
             raise MellowError(
@@ -175,14 +178,14 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         inputs_embeds: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         position_ids: torch.Tensor | None = None,
-        audio_features: AudioFeatures | None = None,
+        audio_features: Mapping[str, torch.Tensor] | None = None,
         logits_to_keep: int = 0,
         **decoder_kwargs: Any,
     ) -> MellowOutput:
         """Run a batch (shapes as in `mellow_ds.data.batch.Batch`).
 
         With `labels` the head runs on the positions that predict an answer token only, and the loss is in float32.
-        `audio_features` stands in for `waveforms` where the encoder's output is at hand. Without `labels`,
+        `audio_features`, what `encode` gives (any floating-point format), stands in for `waveforms`. Without `labels`,
         `logits_to_keep` last positions get logits; 0: all.
         """
         decoder_kwargs.pop("return_dict", None)
@@ -214,12 +217,15 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         counted = targets != IGNORE_INDEX
         logits = self.get_output_embeddings()(hidden[:, :-1][counted])
         # the sum over no tokens is 0 with a graph through all weights: ranks without examples keep step with the others
-        loss_sum = functional.cross_entropy(logits.float(), targets[counted], reduction="sum")
+        losses = functional.cross_entropy(logits.float(), targets[counted], reduction="none")  # [N]
+        loss_sum = losses.sum()
+        row_losses = loss_sum.new_zeros(len(targets)).index_add_(0, counted.nonzero()[:, 0], losses.detach())
         num_answer_tokens = counted.sum()
         return MellowOutput(
             loss=loss_sum / num_answer_tokens.clamp(min=1),
             loss_sum=loss_sum,
             num_answer_tokens=num_answer_tokens,
+            row_losses=row_losses,
             logits=logits,
         )
 
@@ -248,7 +254,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         clip_row: torch.Tensor | None = None,
         clip_start: torch.Tensor | None = None,
         clip_index: torch.Tensor | None = None,
-        audio_features: AudioFeatures | None = None,
+        audio_features: Mapping[str, torch.Tensor] | None = None,
         **generation_kwargs: Any,
     ) -> Any:
         """New token ids [B, new], end-of-text and padding included; greedy unless asked otherwise.
@@ -278,6 +284,12 @@ class _Paused:
     def __exit__(self, *_: object) -> None:
         if self._pause:
             self._module.train()
+
+
+def _as_numbers_of(module: nn.Module, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Features in the number format of the module's weights: stored ones are float16."""
+    dtype = next(module.parameters()).dtype
+    return {name: tensor.to(dtype) for name, tensor in features.items() if tensor is not None}
 
 
 def _never_empty(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """From what the encoder gives to tokens of the decoder's width: `c2l` for posteriors, then Mellow's projector."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import nn
 from torch.nn import functional
 
 from mellow_ds.model.configuration import CNN14, HTSAT, HTSAT_REPEATED_TOKENS, MellowEncoderConfig
-from mellow_ds.model.encoders import AudioFeatures
 
 
 class MellowProjector(nn.Module):
@@ -25,8 +26,8 @@ class MellowProjector(nn.Module):
             4 if encoder_config.kind == HTSAT and encoder_config.audio_tokens == HTSAT_REPEATED_TOKENS else 1
         )
 
-    def forward(self, features: AudioFeatures) -> torch.Tensor:
-        """Features of C clips -> tokens [C, A, d_proj]."""
+    def forward(self, features: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Features of C clips (fields of `AudioFeatures`) -> tokens [C, A, d_proj]."""
         parts = [features["embeddings"]]
         if self.c2l is not None:
             parts.insert(0 if self.posteriors_first else 1, self.c2l(features["posteriors"]))

@@ -1,7 +1,7 @@
 """What the trainer tells of a run, each step and event: to metrics.jsonl, TensorBoard and the terminal, on rank 0."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -99,8 +99,11 @@ class RunMonitor(Monitor):
 
 
 def mean_rates(window: list[StepRecord]) -> StepRecord:
-    """The last of these steps, with rates and data wait over all of them: means weighted by the steps' seconds."""
-    last = window[-1]
+    """The last of these steps, with rates, data wait and losses by kind over all of them.
+
+    Rates and wait are means weighted by the steps' seconds, losses by kind are summed.
+    """
+    last = dataclasses.replace(window[-1], kind_losses=_summed([record.kind_losses for record in window]))
     seconds = sum(record.seconds for record in window)
     if seconds <= 0:
         return last
@@ -110,6 +113,15 @@ def mean_rates(window: list[StepRecord]) -> StepRecord:
         answer_tokens_per_second=sum(r.answer_tokens_per_second * r.seconds for r in window) / seconds,
         data_wait_fraction=sum(r.data_wait_fraction * r.seconds for r in window) / seconds,
     )
+
+
+def _summed(losses: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, tuple[float, float]]:
+    found: dict[str, tuple[float, float]] = {}
+    for step in losses:
+        for name, (total, count) in step.items():
+            before = found.get(name, (0.0, 0.0))
+            found[name] = (before[0] + total, before[1] + count)
+    return found
 
 
 def open_monitor(

@@ -43,6 +43,8 @@ def describe(record: StepRecord) -> str:
         f"loss {record.loss:.4f} lr {record.learning_rate:.2e} norm {record.grad_norm:.2f} "
         f"{record.examples_per_second:.1f} ex/s wait {100 * record.data_wait_fraction:.0f}%"
     )
+    if record.num_bad_samples:
+        text += f" bad samples {record.num_bad_samples}"
     gpu = record.gpu
     if gpu is None:
         return text

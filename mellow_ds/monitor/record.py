@@ -1,6 +1,7 @@
 """What is recorded of an optimizer step. Names and scopes are those of metrics.jsonl and TensorBoard."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -46,13 +47,23 @@ class StepRecord:
     """Examples of this step, over all ranks."""
     seconds: float
     """Wall-clock time of this step on rank 0."""
+    num_bad_samples: int = 0
+    """Samples left out so far because they could not be read, over all ranks."""
+    kind_losses: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    """By subtype (and set of a mixture): sum of the loss over its answer tokens, and their number. Over all steps since
+    the last record in what the monitor records, since a step may hold none of a subtype."""
     gpu: GpuReading | None = None
     """Filled in by the monitor where there is a GPU."""
 
 
+_NESTED = ("kind_losses", "gpu")
+
+
 def as_metrics(record: StepRecord) -> dict[str, int | float]:
-    """The record as flat names and numbers; GPU fields only where they were read."""
-    metrics = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name != "gpu"}
+    """The record as flat names and numbers; a loss for each kind of example that came up; GPU fields only
+    where they were read."""
+    metrics = {f.name: getattr(record, f.name) for f in dataclasses.fields(record) if f.name not in _NESTED}
+    metrics.update({f"loss/{name}": total / count for name, (total, count) in record.kind_losses.items() if count})
     if record.gpu is not None:
         metrics.update({name: value for name, value in dataclasses.asdict(record.gpu).items() if value is not None})
     return metrics

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import tarfile
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -108,7 +109,7 @@ def write_shards(folder: Path, shards: Sequence[Sequence[Clip]], codec: str = "p
     infos = tuple(write_shard(folder, number, clips, codec) for number, clips in enumerate(shards))
     num_questions = sum(info.num_questions for info in infos)
     num_clips = len({clip.key for clips in shards for clip in clips})
-    subtypes = {"kind-1": num_questions}
+    subtypes = dict(Counter(f"kind-{1 + len(q[0])}" for clips in shards for clip in clips for q in clip.questions))
     manifest = Manifest(RATE, codec, num_clips, num_questions, subtypes, infos, {"made": "by a test"})
     (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
     return folder

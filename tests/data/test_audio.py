@@ -6,6 +6,7 @@ import struct
 import numpy as np
 import pytest
 import soundfile
+import torch
 from made_shards import RATE, encode_audio
 
 from mellow_ds.data.audio import AudioError, crop_start, decode_clip, decode_window
@@ -53,6 +54,43 @@ def as_file(samples: np.ndarray, rate: int = RATE, form: str = "WAV", subtype: s
 NOISE = SAMPLES / 32768
 
 
+def smooth_clip(seconds: float) -> np.ndarray:
+    """Two tones and a little noise at 48 kHz, which Opus keeps."""
+    time = np.arange(round(seconds * 48_000)) / 48_000
+    noise = np.random.default_rng(1).normal(size=len(time))
+    return 0.3 * np.sin(2 * np.pi * 440 * time) + 0.2 * np.sin(2 * np.pi * 1760 * time) + 0.003 * noise
+
+
+@pytest.mark.parametrize("rate", [32_000, 48_000, 16_000, 44_100])
+def test_windows_of_opus_are_pieces_of_one_decoded_clip(rate: int) -> None:
+    """Against decoding and resampling the whole file, and against the clip that went in."""
+    from torchaudio.functional import resample
+
+    clip = smooth_clip(1.3)
+    payload = as_file(clip, rate=48_000, form="OGG", subtype="OPUS")
+    decoded = torch.from_numpy(soundfile.read(io.BytesIO(payload), dtype="float32")[0])
+    whole = resample(decoded, 48_000, rate).numpy() if rate != 48_000 else decoded.numpy()
+    num_frames = len(whole)
+    for start, length in ((0, num_frames), (0, 1000), (777, 4096), (num_frames - 500, 500), (num_frames - 300, 900)):
+        out = np.empty(length, dtype=np.float32)
+        decode_window(memoryview(payload), rate, num_frames, start, out)
+        kept = min(length, num_frames - start)
+        np.testing.assert_allclose(out[:kept], whole[start : start + kept], atol=1e-5)
+        assert not out[kept:].any()
+    wanted = resample(torch.from_numpy(clip), 48_000, rate).numpy() if rate != 48_000 else clip
+    error = whole[2000:-2000] - wanted[2000 : len(whole) - 2000]
+    assert np.sqrt((error**2).mean()) < 0.05 * np.sqrt((wanted**2).mean())
+
+
+def test_opus_of_another_length_is_refused() -> None:
+    payload = as_file(smooth_clip(0.5), rate=48_000, form="OGG", subtype="OPUS")
+    out = np.empty(100, dtype=np.float32)
+    decode_window(memoryview(payload), 32_000, 16_000, 0, out)
+    for wrong in (15_999, 16_001):
+        with pytest.raises(AudioError, match="when resampled"):
+            decode_window(memoryview(payload), 32_000, wrong, 0, out)
+
+
 @pytest.mark.parametrize(
     ("audio", "problem"),
     [
@@ -61,7 +99,7 @@ NOISE = SAMPLES / 32768
         (as_file(NOISE, rate=16_000), "16000 Hz, the index says 8000"),
         (as_file(np.stack([NOISE] * 2, 1)), "2 channels, the index says 1"),
         (as_file(np.stack([NOISE] * 8, 1), form="FLAC"), "8 channels"),
-        (as_file(NOISE, form="OGG", subtype="VORBIS"), "it is OGG, not FLAC or WAV"),
+        (as_file(NOISE, form="OGG", subtype="VORBIS"), "it is OGG, not FLAC, WAV or Opus"),
         (as_file(np.where(np.arange(5000) == 7, np.nan, NOISE), subtype="FLOAT"), "not finite"),
         (as_file(NOISE[:0]), "0 frames"),
         (as_file(NOISE, form="FLAC")[:3000], "frames in the window|does not decode"),

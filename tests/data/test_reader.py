@@ -6,6 +6,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from made_shards import RATE, Clip, clip_key, simple_clips, write_shards
 from mellow_ds.data import reader as reader_module
 from mellow_ds.data.reader import BadSampleError, Place, ShardReader
 from mellow_ds.errors import ConfigError, MellowError, ShardError
-from mellow_ds.shard_format import MANIFEST_NAME, read_manifest
+from mellow_ds.shard_format import MANIFEST_NAME, index_name, read_manifest
 
 
 def flip(path: Path, offset: int) -> None:
@@ -60,7 +61,7 @@ def test_several_folders_are_one_list_of_shards(tmp_path: Path) -> None:
     folders = [write_shards(tmp_path / str(n), [simple_clips(n, 3), simple_clips(9 + n, 2)]) for n in range(2)]
     reader = ShardReader(folders, RATE)
     assert reader.num_questions == (6, 4, 6, 4)
-    assert reader.subtypes["kind-1"] == 20
+    assert reader.subtypes == {"kind-1": 16, "kind-2": 4}
     assert reader.sample(2, 0).info == ShardReader(folders[1:], RATE).sample(0, 0).info
     prints = [ShardReader(order, RATE).fingerprint for order in (folders, folders[::-1], folders[:1], folders[1:])]
     assert len(set(prints)) == 4
@@ -173,6 +174,65 @@ def test_few_files_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len([link for link in Path("/proc/self/fd").iterdir() if str(link.resolve()).startswith(str(tmp_path))]) == 3
     reader.close()
     assert not [link for link in Path("/proc/self/fd").iterdir() if str(link.resolve()).startswith(str(tmp_path))]
+
+
+def copies_of(folder: Path, out: Path, count: int) -> Path:
+    """A folder of `count` shards, all links to the first of `folder`."""
+    out.mkdir()
+    info = read_manifest(folder).shards[0]
+    infos = []
+    for number in range(count):
+        name = f"shard-{number:06d}.tar"
+        for old, new in ((info.name, name), (index_name(info.name), index_name(name))):
+            (out / new).hardlink_to(folder / old)
+        infos.append({**dataclasses.asdict(info), "name": name})
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    (out / MANIFEST_NAME).write_text(json.dumps({**content, "shards": infos}))
+    return out
+
+
+def seconds_to_open_and_find(folder: Path) -> float:
+    """From nothing to the last question's sample; the best of three, as other processes disturb."""
+    found = []
+    for _ in range(3):
+        started = time.perf_counter()
+        reader = ShardReader([folder], RATE)
+        row, _ = reader.locate(len(reader.shards) - 1, 3)
+        reader.sample(len(reader.shards) - 1, row)
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+@pytest.mark.slow
+def test_ten_thousand_shards_open_as_ten_do(tmp_path: Path) -> None:
+    base = write_shards(tmp_path / "base", [simple_clips(0, 2)])
+    few, many = (copies_of(base, tmp_path / str(count), count) for count in (10, 10_000))
+    assert seconds_to_open_and_find(many) - seconds_to_open_and_find(few) < 1.0
+
+
+def test_only_the_shards_that_are_read_are_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_shards(tmp_path / "base", [simple_clips(0, 2)])
+    folder = copies_of(base, tmp_path / "many", 1000)
+    opened: list[str] = []
+    kept = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: (opened.append(path.name), kept(path))[1])
+    reader = ShardReader([folder], RATE)
+    reader.sample(700, reader.locate(700, 0)[0])
+    assert opened == ["shard-000700.index.npy"]
+
+
+def test_shards_of_different_kinds_are_not_mixed(shards: Path, tmp_path: Path) -> None:
+    other = write_shards(tmp_path / "other", [simple_clips(0, 2)])
+    features = {
+        "encoder": "abc",
+        "encoder_name": "HTSAT",
+        "clip_samples": 9,
+        "embeddings": [1, 2],
+        "posteriors": [0, 0],
+    }
+    rewrite_manifest(other, codec="features", features={**features, "max_crops": 1})
+    with pytest.raises(ConfigError, match="other holds features of HTSAT, but the shards before it hold audio"):
+        ShardReader([shards, other], RATE)
 
 
 def test_a_reader_travels_to_another_process_without_its_files(shards: Path) -> None:

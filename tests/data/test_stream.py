@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
+from made_shards import RATE, CharTokenizer, Clip, clip_key, make_layout, simple_clips, write_shards
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import DataConfig, MixtureSet, TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.data.order import Order, examples_of_step, steps_per_epoch
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.stream import EvalStream, StepBatches, TrainStream
 from mellow_ds.errors import ConfigError, ShardError
+from mellow_ds.multiple_choice import parse_options
 from mellow_ds.world import World
 
 DATA = DataConfig(sampling_rate=RATE, segment_seconds=0.05)
@@ -60,12 +61,13 @@ def all_ids(folder: Path) -> list[str]:
 def test_steps_hold_the_examples_of_the_order_and_run_over_epochs(shards: Path) -> None:
     with stream(shards, end_step=12) as steps:
         found = list(steps)
-        order = steps.order
+        order = steps.epochs
     assert [(s.step, s.epoch, s.step_in_epoch) for s in found] == [(n, n // 5, n % 5) for n in range(12)]
     reader = ShardReader([shards], RATE)
     for step in found:
         expected = []
-        for shard, number in examples_of_step(order, 10, step.epoch, step.step_in_epoch).tolist():
+        for shard, number, epoch in examples_of_step(order, 10, step.epoch, step.step_in_epoch).tolist():
+            assert epoch == step.epoch
             row, in_sample = reader.locate(shard, number)
             expected.append(reader.sample(shard, row).info.questions[in_sample].id)
         assert ids_of([step]) == expected
@@ -182,13 +184,16 @@ def test_bad_samples_are_left_out_up_to_the_fraction_and_logged(shards: Path, ca
     assert sum(step.stats.skipped_examples for step in steps) == 3
     assert {error.place.key for step in steps for error in step.stats.bad_samples} == {key}
     assert key in caplog.text
+    assert f"samples left out on this rank: 3 x checksum in {shards / 'shard-000000.tar'}" in caplog.messages
     assert [len(step.micro_batches) for step in steps] == [4] * 5
 
 
 def test_past_the_fraction_the_run_stops(shards: Path) -> None:
     for row in range(6):
         damage(shards, 0, row)
-    with pytest.raises(ShardError, match=r"samples read were bad, more than data\.max_bad_fraction \(0\.1\)"):
+    with pytest.raises(
+        ShardError, match=r"more than data\.max_bad_fraction \(0\.1\) allows \(\d+ x checksum in \S+0\.tar\)"
+    ):
         list(stream(shards, data={"max_bad_fraction": 0.1}, end_step=5))
 
 
@@ -233,7 +238,7 @@ def test_a_bad_sample_stops_an_evaluation_at_once(shards: Path) -> None:
 
 def test_the_order_is_built_from_the_configuration(shards: Path) -> None:
     steps = stream(shards, data={"shuffle_window": 2, "order_runs": 5}, seed=77)
-    assert steps.order == Order((20, 14, 8), 77, True, 2, 5)
+    assert steps.epochs == Order((20, 14, 8), 77, True, 2, 5)
     assert steps.steps_per_epoch == steps_per_epoch(42, 10) == 5
 
 
@@ -251,3 +256,77 @@ def test_a_bad_sample_in_a_loader_process_is_named_as_without(shards: Path) -> N
     key = damage(shards, 1, 3)
     with pytest.raises(ShardError, match=rf"^\S*shard-000001\.tar, sample {key} at offset \d+: its checksum"):
         list(stream(shards, end_step=5, num_workers=2))
+
+
+def text_of(batch: Batch, row: int) -> str:
+    """What stands in a row after its clips, up to the end."""
+    attended = batch.input_ids[row][batch.attention_mask[row].bool()].tolist()
+    return "".join(chr(number - 1) for number in attended if number)
+
+
+def test_options_are_shuffled_by_epoch_in_training_only(tmp_path: Path) -> None:
+    question = "which? a) red b) green c) blue"
+    clips = [Clip(clip_key(n), questions=[((), question, "b) green")]) for n in range(6)]
+    folder = write_shards(tmp_path / "options", [clips])
+
+    def texts(epoch: int, **data: object) -> list[str]:
+        with stream(folder, start_step=epoch, end_step=epoch + 1, data=data, global_batch_size=6) as steps:
+            found = [text_of(b, row) for b in next(steps).micro_batches for row in range(b.num_examples)]
+        return sorted(found)
+
+    assert set(texts(0)) == {f"{question} b) green"}
+    first, second = texts(0, shuffle_options=True), texts(1, shuffle_options=True)
+    assert first == texts(0, shuffle_options=True)
+    assert len({*first, *second}) > 3
+    for row in first + second:
+        asked, letter = row[: len(question)], row[len(question) + 1]
+        options = parse_options(asked)
+        assert sorted(options.values()) == ["blue", "green", "red"]
+        assert options[letter] == "green"
+        assert row.endswith(f" {letter}) green")
+    assert not evaluated_texts(folder) - {question}
+
+
+def evaluated_texts(folder: Path) -> set[str]:
+    data = dataclasses.replace(DATA, shuffle_options=True)
+    evaluation = EvalStream(ShardReader([folder], RATE), CharTokenizer(), make_layout(), data, 4, World())
+    return {text_of(batch, row) for batch, examples in evaluation for row in range(len(examples))}
+
+
+@pytest.mark.parametrize("k", [2, 3])
+def test_questions_of_a_clip_share_its_audio_in_a_micro_batch(tmp_path: Path, k: int) -> None:
+    """6 questions about each of 12 clips, one run: a micro-batch of 6 examples has at most 6 / k clips."""
+    clips = [Clip(clip_key(n), questions=[((), f"question {q}", "x") for q in range(6)]) for n in range(12)]
+    folder = write_shards(tmp_path / "grouped", [clips[:5], clips[5:]])
+    data = {"questions_per_clip": k, "order_runs": 1, "shuffle_window": 2}
+    with stream(folder, end_step=6, data=data, batch_size=6, global_batch_size=12) as steps:
+        found = list(steps)
+    assert sorted(ids_of(found)) == sorted(all_ids(folder))
+    for step in found:
+        assert all(len(batch.waveforms) <= 6 // k for batch in step.micro_batches)
+
+
+def test_a_mixture_resumes_where_it_stopped_in_another_world(tmp_path: Path) -> None:
+    folders = [str(write_shards(tmp_path / n, [simple_clips(ord(n), 7), simple_clips(ord(n) + 9, 4)])) for n in "ab"]
+    mixture = (MixtureSet((folders[0],), weight=3), MixtureSet((folders[1],), weight=1))
+    data = dataclasses.replace(DATA, mixture=mixture)
+    settings = TrainConfig(batch_size=3, global_batch_size=10, num_workers=0)
+
+    def run(world: World, **places: Any) -> list[StepBatches]:
+        reader = ShardReader(data.train_shards, RATE)
+        with TrainStream(reader, CharTokenizer(), make_layout(), data, settings, world, **places) as steps:
+            return list(steps)
+
+    whole = run(World(), end_step=9)
+    assert_same(run(World(), end_step=9, state=whole[3].state), whole[4:])
+    ranks = [run(World(rank, 3), end_step=9, state=whole[3].state) for rank in range(3)]
+    for number, step in enumerate(whole[4:]):
+        assert [i for rank in ranks for i in ids_of([rank[number]])] == ids_of([step])
+    sets = [int(kind) // 2 for batch in whole[0].micro_batches for kind in batch.kinds.tolist()]
+    assert 6 <= sets.count(0) <= 8
+    changed = dataclasses.replace(data, mixture=(MixtureSet((folders[0],), weight=2), mixture[1]))
+    with pytest.raises(ConfigError, match=r"data\.mixture is .* but the run to go on with has"):
+        TrainStream(
+            ShardReader(data.train_shards, RATE), CharTokenizer(), make_layout(), changed, settings, World(),
+            state=whole[3].state,
+        )  # fmt: skip

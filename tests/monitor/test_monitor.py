@@ -46,7 +46,7 @@ def test_first_every_nth_and_last_step_are_recorded(tmp_path: Path) -> None:
     assert _steps(tmp_path) == [1, 5, 10, 12]
     assert [step for step, _ in _scalars(tmp_path, "train/loss")] == [1, 5, 10, 12]
     fields = set(read_metrics(tmp_path / "metrics.jsonl")[0])
-    assert fields == {f.name for f in dataclasses.fields(StepRecord)} - {"gpu"} | {"kind", "time"}
+    assert fields == {f.name for f in dataclasses.fields(StepRecord)} - {"gpu", "kind_losses"} | {"kind", "time"}
 
 
 def test_a_stopped_run_records_the_step_that_it_stopped_at(tmp_path: Path) -> None:
