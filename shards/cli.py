@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from mellow_ds.errors import run_command
 from mellow_ds.log import setup_logging
 from mellow_ds.world import World
-from shards import build, inspect, synthesize, verify
+from shards import audit, build, features, inspect, merge, plan, synthesize, verify
 
-_COMMANDS = (synthesize, build, verify, inspect)
+_COMMANDS = (synthesize, build, merge, verify, inspect, audit, plan, features)
 
 _DESCRIPTION = "Pack audio files with questions and answers into tar shards, once, and look after them."
 
@@ -17,13 +17,18 @@ _EXAMPLES = """examples:
   mellow-shards build --json corpus/train.json --audio-root corpus --out shards/train
   mellow-shards verify shards/train
   mellow-shards inspect shards/train
+  mellow-shards audit train=shards/train val=shards/val
 
 `mellow-shards COMMAND --help` tells more of each."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `mellow-shards` with `arguments` (None: those of the process); returns the exit code."""
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and not options.takes_overrides:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
     setup_logging(World())
     return run_command(lambda: options.handler(options))
 

@@ -44,9 +44,12 @@ def evaluate_model(
     from mellow_ds.data.stream import EvalStream
     from mellow_ds.evaluation.evaluate import evaluate
     from mellow_ds.evaluation.results import format_results
+    from mellow_ds.model.fingerprint import check_features
 
-    folders = config.data.eval_shards or config.data.shards
-    reader = ShardReader(folders, config.data.sampling_rate)
+    folders = config.data.eval_shards or config.data.train_shards
+    reader = ShardReader.from_config(folders, config.data)
+    if reader.features is not None:
+        check_features(reader.features, model.encoder, model.config.encoder_config)
 
     def open_stream(silent: bool) -> EvalStream:
         return EvalStream(

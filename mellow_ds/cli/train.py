@@ -6,12 +6,14 @@ import traceback
 from pathlib import Path
 
 from mellow_ds.cli.arguments import parse_run_arguments
+from mellow_ds.cli.packed import check_files, needs_packing, with_packed_shards
 from mellow_ds.config.load import dump_run_config
 from mellow_ds.config.schema import RunConfig
+from mellow_ds.data.shard_cache import ShardCache
+from mellow_ds.data.shard_source import open_source
 from mellow_ds.ds_config import read_engine_json, zero_stage
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
 from mellow_ds.log import setup_logging
-from mellow_ds.shard_format import read_manifest
 from mellow_ds.stopping import StopRequest, end_with_parent
 from mellow_ds.world import World
 
@@ -45,8 +47,11 @@ def main(arguments: list[str] | None = None, program: str = "train.py", mode: st
 def check_inputs(config: RunConfig, world: World) -> None:
     """Everything that can be known to be wrong before torch is imported and a GPU is taken."""
     zero_stage(read_engine_json(config.deepspeed_config))
+    if needs_packing(config):
+        check_files(config)
     if config.mode == "train":
-        _check_shards(config, config.data.shards, "data.shards")
+        if not needs_packing(config):
+            _check_shards(config, config.data.train_shards, "data.shards")
         if config.train.global_batch_size and config.train.global_batch_size < world.size:
             raise ConfigError(
                 f"train.global_batch_size is {config.train.global_batch_size}, but the run has {world.size} ranks: "
@@ -66,7 +71,8 @@ def check_inputs(config: RunConfig, world: World) -> None:
         )
     if not Path(config.resume_checkpoint).is_dir():
         raise ConfigError(f"--checkpoint_path {config.resume_checkpoint} is not there: name a step folder of a run")
-    _check_shards(config, config.data.eval_shards or config.data.shards, "data.eval_shards")
+    if not needs_packing(config):
+        _check_shards(config, config.data.eval_shards or config.data.train_shards, "data.eval_shards")
 
 
 def _check_shards(config: RunConfig, folders: tuple[str, ...], key: str) -> None:
@@ -78,12 +84,28 @@ def _check_shards(config: RunConfig, folders: tuple[str, ...], key: str) -> None
             f"then give --{key} SHARDS"
         )
     for folder in folders:
-        rate = read_manifest(folder).sample_rate
+        manifest = open_source(folder, ShardCache(config.data.cache_folder)).manifest
+        rate = manifest.sample_rate
         if rate != config.data.sampling_rate:
             raise ConfigError(
                 f"{folder} holds audio at {rate} Hz but data.sampling_rate is {config.data.sampling_rate}: set it to "
                 f"{rate}, or pack with --sample-rate {config.data.sampling_rate}"
             )
+        if manifest.features is not None:
+            _check_features(config, folder)
+
+
+def _check_features(config: RunConfig, folder: str) -> None:
+    if config.mode == "train" and not config.model.encoder.freeze_audio_encoder_weights:
+        raise ConfigError(
+            f"{folder} holds features of a frozen encoder, but model.encoder.freeze_audio_encoder_weights is false: "
+            "set it to true, or train on the shards of the audio"
+        )
+    if config.evaluation.compare_silence and (config.mode != "train" or config.train.evaluate_at_end):
+        raise ConfigError(
+            f"evaluation.compare_silence silences audio, but {folder} holds features: name the shards of the audio in "
+            "data.eval_shards"
+        )
 
 
 def run(config: RunConfig, world: World) -> int:
@@ -95,6 +117,8 @@ def run(config: RunConfig, world: World) -> int:
     if world.is_main:
         folder.mkdir(parents=True, exist_ok=True)
     setup_logging(world, folder / "log.txt" if world.is_main else None)
+    if needs_packing(config):
+        config = with_packed_shards(config, world)
     # from here on torch is needed
     from mellow_ds.cli.evaluation import evaluate_checkpoint
     from mellow_ds.cli.training import train

@@ -1,7 +1,9 @@
 """A training run from its configuration: each part is built in a line or two, then the trainer runs."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,68 +12,68 @@ from mellow_ds.checkpoint import CheckpointStore, load_checkpoint, load_model_we
 from mellow_ds.cli.evaluation import evaluate_model
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.corpus import iterate_texts
+from mellow_ds.data.mixture import epochs_from_config
 from mellow_ds.data.order import BatchPlan, steps_per_epoch
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.stream import TrainStream
 from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json
 from mellow_ds.engine.build import build_engine
+from mellow_ds.engine.protocol import Engine
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
 from mellow_ds.errors import ConfigError
 from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer
-from mellow_ds.model.processing import build_processor
+from mellow_ds.model.fingerprint import check_features
+from mellow_ds.model.modeling import MellowForConditionalGeneration
+from mellow_ds.model.processing import MellowProcessor, build_processor
 from mellow_ds.monitor.monitor import open_monitor
+from mellow_ds.prompt import Layout
 from mellow_ds.stopping import StopRequest
 from mellow_ds.trainer import Trainer, agreement
 from mellow_ds.world import World
 
 _log = logging.getLogger("mellow_ds.cli")
+_TOKENIZER_NAME = "tokenizer_config.json"  # what a folder with a tokenizer holds
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """The model of a run with all that belongs to it."""
+
+    model: MellowForConditionalGeneration
+    tokenizer: Any
+    layout: Layout
+    processor: MellowProcessor
+
+    def describe(self, step_folder: Path) -> None:
+        """Make a step folder one that `from_pretrained` opens."""
+        self.model.config.save_pretrained(step_folder)
+        self.model.generation_config.save_pretrained(step_folder)
+        self.processor.save_pretrained(step_folder)
 
 
 def train(config: RunConfig, world: World, device: torch.device, stop: StopRequest) -> int:
     """Train (or go on) as the configuration says; returns the exit code."""
     folder = Path(config.save_dir)
-    reader = ShardReader(config.data.shards, config.data.sampling_rate)
-    tokenizer = _shared_tokenizer(config, reader, folder / "tokenizer", world)
-    model = build_model(config.model, config.data, tokenizer, config.train.seed)
-    layout = build_layout(config.model, config.data, tokenizer, model.num_audio_tokens)
-    processor = build_processor(model, tokenizer, layout)
-
-    def describe(step_folder: Path) -> None:
-        model.config.save_pretrained(step_folder)
-        model.generation_config.save_pretrained(step_folder)
-        processor.save_pretrained(step_folder)
-
+    reader = ShardReader.from_config(config.data.train_shards, config.data)
+    parts = _build_parts(config, reader, folder, world)
     checkpoints = CheckpointStore(
-        folder / "checkpoints", config.train.keep_checkpoints, world, agreement(device), describe
+        folder / "checkpoints", config.train.keep_checkpoints, world, agreement(device), parts.describe
     )
     resumed = _find_resumed(config, checkpoints, world, device)
-    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
-    if start_from:
-        load_model_weights(model, start_from)
+    _load_start(config, parts.model, resumed, reader)
     torch.manual_seed(config.train.seed * 100_003 + world.rank)  # dropout differs by rank, and follows from the seed
 
     plan = BatchPlan.from_config(config.train, world)
-    engine_json = read_engine_json(config.deepspeed_config)
-    shape = StepShape(
-        world_size=world.size,
-        rank_batch_size=config.train.batch_size,
-        accumulation=plan.micro_batches,
-        max_grad_norm=config.train.max_grad_norm,
-        learning_rate=config.train.learning_rate,
-        weight_decay=config.train.weight_decay,
-        precision=choose_precision(config.train.mixed_precision, engine_json, device.type == "cuda"),
-    )
-    torch.nn.Module.to(model, device).train()
-    engine = build_engine(config.engine, model, engine_json, shape, config.train, device)
-    epoch_steps = steps_per_epoch(reader.num_examples, plan.global_batch_size)
+    engine = _build_engine(config, parts.model, plan, world, device)
+    state = load_checkpoint(resumed, engine, world) if resumed else None
+    epoch_steps = steps_per_epoch(epochs_from_config(reader, config.data, 0).num_examples, plan.global_batch_size)
     total_steps = config.train.max_steps or config.train.num_epochs * epoch_steps
     last_step = min(config.train.stop_at_step or total_steps, total_steps)
-    state = load_checkpoint(resumed, engine, world) if resumed else None
-    start_step = int(state["progress"]["step"]) if state else 0
     stream = TrainStream(
-        reader, tokenizer, layout, config.data, config.train, world,
+        reader, parts.tokenizer, parts.layout, config.data, config.train, world,
         end_step=last_step, state=state["stream"] if state else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
+    start_step = int(state["progress"]["step"]) if state else 0
     monitor = open_monitor(
         world, folder, total_steps=last_step, log_every_steps=config.train.log_every_steps,
         resumed_step=start_step, cuda_index=device.index,
@@ -83,20 +85,64 @@ def train(config: RunConfig, world: World, device: torch.device, stop: StopReque
         )  # fmt: skip
         if state:
             trainer.restore(state)
-        _say_what_runs(config, world, engine.name, model, reader, plan, start_step, last_step)
+        _say_what_runs(config, world, engine.name, parts.model, reader, plan, start_step, last_step)
         stop.listen()
         exit_code = trainer.run()
     if not exit_code and config.train.evaluate_at_end:
         with engine.whole_model() as whole:
-            evaluate_model(whole, tokenizer, layout, config, world, device, folder / "evaluation", {"step": last_step})
+            evaluate_model(
+                whole, parts.tokenizer, parts.layout, config, world, device, folder / "evaluation", {"step": last_step}
+            )
     engine.close()
     return exit_code
 
 
+def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World) -> _Parts:
+    tokenizer = _shared_tokenizer(config, reader, folder / "tokenizer", world)
+    model = build_model(config.model, config.data, tokenizer, config.train.seed)
+    layout = build_layout(config.model, config.data, tokenizer, model.num_audio_tokens)
+    return _Parts(model, tokenizer, layout, build_processor(model, tokenizer, layout))
+
+
+def _load_start(
+    config: RunConfig, model: MellowForConditionalGeneration, resumed: Path | None, reader: ShardReader
+) -> None:
+    """Load the weights that the run goes on from or starts from; features must be those of the encoder in them."""
+    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
+    if start_from:
+        load_model_weights(model, start_from)
+    if reader.features is not None:
+        check_features(reader.features, model.encoder, model.config.encoder_config)
+
+
+def _build_engine(
+    config: RunConfig, model: MellowForConditionalGeneration, plan: BatchPlan, world: World, device: torch.device
+) -> Engine:
+    engine_json = read_engine_json(config.deepspeed_config)
+    shape = StepShape(
+        world_size=world.size,
+        rank_batch_size=config.train.batch_size,
+        accumulation=plan.micro_batches,
+        max_grad_norm=config.train.max_grad_norm,
+        learning_rate=config.train.learning_rate,
+        weight_decay=config.train.weight_decay,
+        precision=choose_precision(config.train.mixed_precision, engine_json, device.type == "cuda"),
+    )
+    torch.nn.Module.to(model, device).train()
+    return build_engine(config.engine, model, engine_json, shape, config.train, device)
+
+
 def _shared_tokenizer(config: RunConfig, reader: ShardReader, saved: Path, world: World) -> object:
-    """The run's tokenizer; rank 0 makes it where there is none and saves it, the others read what it saved."""
+    """The run's tokenizer; rank 0 makes it where there is none and saves it, the others read what it saved.
+
+    A run that starts from a checkpoint takes that one's: its weights know no other ids.
+    """
     if world.is_main:
-        tokenizer = load_tokenizer(config.model, config.data, lambda: iterate_texts(reader), saved)
+        started = Path(config.resume_checkpoint) if config.resume_checkpoint else saved
+        has_own = (saved / _TOKENIZER_NAME).is_file() or not (started / _TOKENIZER_NAME).is_file()
+        tokenizer = load_tokenizer(
+            config.model, config.data, lambda: iterate_texts(reader), saved if has_own else started
+        )
         tokenizer.save_pretrained(saved)
     dist.barrier()
     return load_tokenizer(config.model, config.data, saved=saved)

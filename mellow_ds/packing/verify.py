@@ -4,20 +4,22 @@ import hashlib
 import io
 import tarfile
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 from tqdm import tqdm
 
 from mellow_ds.errors import ShardError
-from mellow_ds.packing.settings import CODECS
+from mellow_ds.packing.settings import CODECS, OPUS_SAMPLE_RATE
+from mellow_ds.packing.shard_pool import each_shard
 from mellow_ds.shard_format import (
+    FEATURES_EXTENSION,
     MAX_MEMBER_BYTES,
+    FeatureInfo,
     Manifest,
     SampleInfo,
     ShardInfo,
@@ -30,6 +32,18 @@ from mellow_ds.shard_format import (
 _MAX_PROBLEMS = 20  # of one shard that are named; a replaced tar is wrong in every sample
 
 
+@dataclass(frozen=True)
+class _Task:
+    """One shard to check."""
+
+    folder: Path
+    manifest: Manifest  # with this shard alone: with all of them it would be sent to the processes for each
+
+    @property
+    def shard(self) -> ShardInfo:
+        return self.manifest.shards[0]
+
+
 @dataclass
 class _Findings:
     """What was found in one shard."""
@@ -39,25 +53,23 @@ class _Findings:
     subtypes: Counter[str] = field(default_factory=Counter)
 
 
-class _Damaged(Exception):
+class DamagedSample(Exception):
     """One sample is not what the index says."""
 
 
 def verify_shards(folder: str | Path, workers: int = 1, progress: bool = False) -> list[str]:
     """Everything that is wrong with a shard folder, a line each; empty where all is well.
 
-    `workers` shards are read at once. Raises `ShardError` where the manifest itself cannot be used.
+    `workers` processes read a shard at a time each. Raises `ShardError` where the manifest itself cannot be used.
     """
     manifest = read_manifest(folder)
     problems: list[str] = []
     keys: set[str] = set()
     subtypes: Counter[str] = Counter()
     num_samples = sum(shard.num_samples for shard in manifest.shards)
-    with (
-        ThreadPoolExecutor(max(workers, 1)) as threads,
-        tqdm(total=num_samples, desc="verifying", unit="clip", disable=None if progress else True) as bar,
-    ):
-        for found in threads.map(lambda shard: _verify_shard(Path(folder), manifest, shard, bar), manifest.shards):
+    tasks = [_Task(Path(folder), replace(manifest, shards=(shard,))) for shard in manifest.shards]
+    with tqdm(total=num_samples, desc="verifying", unit="clip", disable=None if progress else True) as bar:
+        for found in each_shard(_verify_shard, tasks, workers, bar):
             problems += found.problems
             keys |= found.keys
             subtypes += found.subtypes
@@ -66,8 +78,8 @@ def verify_shards(folder: str | Path, workers: int = 1, progress: bool = False) 
     return problems
 
 
-def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo, bar: Any) -> _Findings:
-    found = _Findings()
+def _verify_shard(task: _Task, count: Callable[[], None]) -> _Findings:
+    folder, manifest, shard, found = task.folder, task.manifest, task.shard, _Findings()
     path = folder / shard.name
     try:
         rows = read_index(folder, shard)
@@ -84,7 +96,7 @@ def _verify_shard(folder: Path, manifest: Manifest, shard: ShardInfo, bar: Any) 
         if _sha256(tar) != shard.sha256:
             found.problems.append(f"{path} is not the file that the manifest names (SHA-256 differs)")
         if rows is not None:
-            _verify_samples(tar, path, manifest, rows, found, bar)
+            _verify_samples(tar, path, manifest, rows, found, count)
             found.problems += _compare_members(path, manifest, rows)
     if rows is not None and int(rows["num_questions"].sum()) != shard.num_questions:
         found.problems.append(f"{path}: the index counts other questions than the manifest ({shard.num_questions})")
@@ -102,7 +114,7 @@ def _sha256(file: BinaryIO) -> str:
 
 
 def _verify_samples(
-    tar: BinaryIO, path: Path, manifest: Manifest, rows: np.ndarray, found: _Findings, bar: Any
+    tar: BinaryIO, path: Path, manifest: Manifest, rows: np.ndarray, found: _Findings, count: Callable[[], None]
 ) -> None:
     keys = {row["key"].decode("ascii", "replace") for row in rows}
     if len(keys) < len(rows):
@@ -110,72 +122,98 @@ def _verify_samples(
     for row in rows:
         key = row["key"].decode("ascii", "replace")
         try:
-            audio = _read_member(tar, int(row["audio_offset"]), int(row["audio_bytes"]))
-            payload = _read_member(tar, int(row["json_offset"]), int(row["json_bytes"]))
-            if sample_checksum(audio, payload) != int(row["checksum"]):
-                raise _Damaged("its checksum differs from the index")
-            info = SampleInfo.from_json(payload, f"{path}, clip {key}")
+            audio, info = read_sample(tar, row, f"{path}, clip {key}")
             _check_info(info, row, keys, manifest)
-            _check_audio(audio, info)
+            if manifest.features is None:
+                decode_member(audio, info)
+            else:
+                _check_features(audio, manifest.features)
         except ShardError as error:
             found.problems.append(str(error))
-        except _Damaged as fault:
+        except DamagedSample as fault:
             found.problems.append(f"{path}, clip {key} at byte {row['audio_offset']}: {fault}")
         else:
             found.subtypes.update(question.subtype for question in info.questions)
-        bar.update()
+        count()
     found.keys |= keys
 
 
-def _read_member(tar: BinaryIO, offset: int, num_bytes: int) -> bytes:
+def read_sample(tar: BinaryIO, row: np.void, where: str) -> tuple[bytes, SampleInfo]:
+    """(audio, JSON) of the sample of an index row, by its checksum; raises `DamagedSample`, or `ShardError`."""
+    audio = read_member(tar, int(row["audio_offset"]), int(row["audio_bytes"]))
+    payload = read_member(tar, int(row["json_offset"]), int(row["json_bytes"]))
+    if sample_checksum(audio, payload) != int(row["checksum"]):
+        raise DamagedSample("its checksum differs from the index")
+    return audio, SampleInfo.from_json(payload, where)
+
+
+def read_member(tar: BinaryIO, offset: int, num_bytes: int) -> bytes:
+    """`num_bytes` of an open tar from `offset` on; `DamagedSample` where they are not there."""
     if num_bytes > MAX_MEMBER_BYTES:
-        raise _Damaged(f"the index says {num_bytes} bytes; a member has at most {MAX_MEMBER_BYTES}")
+        raise DamagedSample(f"the index says {num_bytes} bytes; a member has at most {MAX_MEMBER_BYTES}")
     try:
         tar.seek(offset)
         payload = tar.read(num_bytes)
     except OSError as error:  # an offset that no file can have, or a bad disk
-        raise _Damaged(f"it cannot be read ({error.strerror})") from None
+        raise DamagedSample(f"it cannot be read ({error.strerror})") from None
     if len(payload) < num_bytes:
-        raise _Damaged("the tar ends within it")
+        raise DamagedSample("the tar ends within it")
     return payload
 
 
 def _check_info(info: SampleInfo, row: np.void, keys: set[str], manifest: Manifest) -> None:
     """The JSON member against index, manifest and the other clips of the shard."""
     if info.key != row["key"].decode("ascii", "replace"):
-        raise _Damaged(f"its JSON is that of clip {info.key}")
+        raise DamagedSample(f"its JSON is that of clip {info.key}")
     if (info.num_frames, len(info.questions)) != (row["num_frames"], row["num_questions"]):
-        raise _Damaged("its JSON and the index differ in frames or questions")
+        raise DamagedSample("its JSON and the index differ in frames or questions")
     if info.sample_rate != manifest.sample_rate:
-        raise _Damaged(f"its JSON says {info.sample_rate} Hz; the manifest {manifest.sample_rate}")
+        raise DamagedSample(f"its JSON says {info.sample_rate} Hz; the manifest {manifest.sample_rate}")
     for question in info.questions:
         if question.clips[:1] != (info.key,):
-            raise _Damaged(f"question {question.id} stands with a clip that is not its first")
+            raise DamagedSample(f"question {question.id} stands with a clip that is not its first")
         for other in question.clips:
             if other not in keys:
-                raise _Damaged(f"question {question.id} needs clip {other}, which is not in this shard")
+                raise DamagedSample(f"question {question.id} needs clip {other}, which is not in this shard")
 
 
-def _check_audio(audio: bytes, info: SampleInfo) -> None:
+def _check_features(payload: bytes, features: FeatureInfo) -> None:
+    """Whole crops of finite numbers."""
+    num_crops, rest = divmod(len(payload), features.crop_bytes)
+    if rest or not 1 <= num_crops <= features.max_crops:
+        raise DamagedSample(
+            f"its {len(payload)} bytes of features are not 1 to {features.max_crops} crops of {features.crop_bytes}"
+        )
+    if not np.isfinite(np.frombuffer(payload, dtype="<f2")).all():
+        raise DamagedSample("its features are not finite")
+
+
+def decode_member(audio: bytes, info: SampleInfo) -> np.ndarray:
+    """[frames] int16, the whole clip at its stored rate; `DamagedSample` where it is not what `info` says."""
     try:
         with soundfile.SoundFile(io.BytesIO(audio)) as sound:
-            if (sound.channels, sound.samplerate, sound.frames) != (1, info.sample_rate, info.num_frames):
-                raise _Damaged(
+            # Opus is stored at a rate of its own; its frames in the index are those at the manifest's rate
+            rate = OPUS_SAMPLE_RATE if sound.subtype == "OPUS" else info.sample_rate
+            num_frames = -(-sound.frames * info.sample_rate // rate)
+            if (sound.channels, sound.samplerate, num_frames) != (1, rate, info.num_frames):
+                raise DamagedSample(
                     f"its audio has {sound.channels} channels, {sound.samplerate} Hz, {sound.frames} frames; "
-                    f"wanted are 1, {info.sample_rate}, {info.num_frames}"
+                    f"wanted are 1, {rate}, {info.num_frames} frames at {info.sample_rate} Hz"
                 )
-            num_frames = len(sound.read(dtype="int16"))
+            samples = sound.read(dtype="int16")
+            wanted = sound.frames
     except (RuntimeError, TypeError, ValueError) as error:
-        raise _Damaged(
+        raise DamagedSample(
             f"its audio cannot be decoded ({getattr(error, 'error_string', type(error).__name__)})"
         ) from None
-    if num_frames != info.num_frames:
-        raise _Damaged(f"its audio gives {num_frames} frames; wanted are {info.num_frames}")
+    if len(samples) != wanted:
+        raise DamagedSample(f"its audio gives {len(samples)} frames; wanted are {wanted}")
+    return samples
 
 
 def _compare_members(path: Path, manifest: Manifest, rows: np.ndarray) -> Iterator[str]:
     """Whether a plain tar reader sees the members that the index names, in its order, and nothing else."""
-    extension = CODECS.get(manifest.codec, manifest.codec)
+    extension = FEATURES_EXTENSION if manifest.features else CODECS.get(manifest.codec, manifest.codec)
     wanted = []
     for row in rows:
         key = row["key"].decode("ascii", "replace")

@@ -11,9 +11,10 @@ import pytest
 import soundfile
 import webdataset
 
+from mellow_ds.packing.shard_file import published
 from mellow_ds.packing.shard_plan import AudioForm, PlannedClip, ShardPlan
 from mellow_ds.packing.survey import content_key
-from mellow_ds.packing.write import ShardNote, published, read_note, write_shard
+from mellow_ds.packing.write import ShardNote, read_note, write_shard
 from mellow_ds.shard_format import Question, SampleInfo, index_name, sample_checksum
 
 
