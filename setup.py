@@ -23,6 +23,9 @@ REQUIREMENTS = [
     "safetensors>=0.5",
     "tokenizers>=0.22",
     "xxhash>=3.0",
+    "msgspec>=0.19",
+    "urllib3>=2.2",
+    "fsspec>=2024.6",
     "tqdm>=4.60",
     "pyyaml>=6.0",
     "tensorboard>=2.16",
@@ -32,6 +35,7 @@ REQUIREMENTS = [
 
 EXTRAS = {
     "lora": ["peft>=0.18"],
+    "plot": ["matplotlib>=3.8"],
     "gguf": ["gguf>=0.10", "accelerate>=1.1"],
     "test": [
         "pytest>=8",

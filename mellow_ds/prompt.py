@@ -52,6 +52,11 @@ PHRASINGS: dict[str, tuple[str, ...]] = {
 }
 
 
+def has_phrasings(prompt: str) -> bool:
+    """Whether a record's prompt is a placeholder for a family of phrasings."""
+    return prompt.strip().lower() in PHRASINGS
+
+
 def render_question(prompt: str, answer: str, captions: Sequence[str], draw: int | None) -> tuple[str, str]:
     """The texts (prompt, answer) that are tokenized, from those that a record holds.
 
@@ -117,11 +122,9 @@ class Layout:
 
     def prefix(self, num_clips: int, prompt_ids: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """(ids, clip starts) of everything before the answer."""
-        ids: list[int] = []
-        starts = []
-        for _ in range(num_clips):
-            starts.append(len(ids))
-            ids += [self.separator_id] * (self.audio_tokens + 1)
+        size = self.audio_tokens + 1
+        ids = [self.separator_id] * (num_clips * size)
+        starts = range(0, num_clips * size, size)
         prompt = list(prompt_ids)[: self.max_prompt_tokens - len(self.prompt_suffix)] + list(self.prompt_suffix)
         if self.prompt_pad_id is not None:
             prompt += [self.prompt_pad_id] * (self.max_prompt_tokens - len(prompt))

@@ -20,7 +20,7 @@ from mellow_ds.config.load import load_run_config, recipe_names
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13", "3.14")  # those that torch 2.11 has wheels for
-EXTRAS = ("lora", "gguf", "test")
+EXTRAS = ("lora", "plot", "gguf", "test")
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """What a clip becomes in a batch: a window of its audio, or features that a frozen encoder made of one.
 
-Both have one face: tensors for a number of clips, filled one by one, each with a crop that in training is a function of
-(seed, epoch, clip) and in evaluation (seed None) the first.
+Both have one face: a buffer with a row a clip, filled one by one, and the tensors of a batch that are views of it. The
+crop is a function of (seed, epoch, clip) in training, and the first in evaluation (seed None).
 """
 
 from typing import Protocol
@@ -18,12 +18,16 @@ from mellow_ds.shard_format import FeatureInfo
 class Clips(Protocol):
     """Makes the tensors of a batch's clips."""
 
-    def tensors(self, num_clips: int) -> dict[str, torch.Tensor]:
-        """The fields of a `Batch` that hold `num_clips` clips, zeros until they are filled in: silent waveforms."""
+    def buffer(self, num_clips: int) -> np.ndarray:
+        """[C, numbers of a clip], not filled in; a row of zeros is silence where it is audio."""
         ...
 
-    def fill(self, tensors: dict[str, torch.Tensor], number: int, sample: Sample, seed: int | None, epoch: int) -> None:
-        """Fill in clip `number`; raises `AudioError` where the sample is not what the index says."""
+    def fill(self, row: np.ndarray, sample: Sample, seed: int | None, epoch: int) -> None:
+        """Fill in the row of a clip; raises `AudioError` where the sample is not what the index says."""
+        ...
+
+    def tensors(self, buffer: np.ndarray) -> dict[str, torch.Tensor]:
+        """The fields of a `Batch` that hold these clips, as views of the buffer."""
         ...
 
 
@@ -35,15 +39,18 @@ class WaveformClips:
         self.sampling_rate = sampling_rate
         self.clip_samples = clip_samples
 
-    def tensors(self, num_clips: int) -> dict[str, torch.Tensor]:
-        """See `Clips.tensors`."""
-        return {"waveforms": torch.zeros(num_clips, self.clip_samples)}
+    def buffer(self, num_clips: int) -> np.ndarray:
+        """See `Clips.buffer`."""
+        return np.empty((num_clips, self.clip_samples), dtype=np.float32)
 
-    def fill(self, tensors: dict[str, torch.Tensor], number: int, sample: Sample, seed: int | None, epoch: int) -> None:
+    def fill(self, row: np.ndarray, sample: Sample, seed: int | None, epoch: int) -> None:
         """See `Clips.fill`."""
         start = crop_start(sample.num_frames, self.clip_samples, seed, epoch, sample.place.key)
-        out = tensors["waveforms"][number].numpy()
-        decode_window(sample.audio, self.sampling_rate, sample.num_frames, start, out)
+        decode_window(sample.audio, self.sampling_rate, sample.num_frames, start, row)
+
+    def tensors(self, buffer: np.ndarray) -> dict[str, torch.Tensor]:
+        """See `Clips.tensors`."""
+        return {"waveforms": torch.from_numpy(buffer)}
 
 
 class FeatureClips:
@@ -51,25 +58,29 @@ class FeatureClips:
 
     def __init__(self, info: FeatureInfo) -> None:
         self.info = info
-        self._split = info.embeddings[0] * info.embeddings[1]
 
-    def tensors(self, num_clips: int) -> dict[str, torch.Tensor]:
-        """See `Clips.tensors`."""
-        shapes = {"embeddings": self.info.embeddings, "posteriors": self.info.posteriors}
-        return {name: torch.zeros(num_clips, *shape, dtype=torch.float16) for name, shape in shapes.items() if shape[0]}
+    def buffer(self, num_clips: int) -> np.ndarray:
+        """See `Clips.buffer`."""
+        return np.empty((num_clips, self.info.crop_bytes // 2), dtype="<f2")
 
-    def fill(self, tensors: dict[str, torch.Tensor], number: int, sample: Sample, seed: int | None, epoch: int) -> None:
+    def fill(self, row: np.ndarray, sample: Sample, seed: int | None, epoch: int) -> None:
         """See `Clips.fill`."""
         num_crops, rest = divmod(len(sample.audio), self.info.crop_bytes)
         if rest or not num_crops:
             raise AudioError(
                 f"it has {len(sample.audio)} bytes of features, which are no whole crops of {self.info.crop_bytes}"
             )
-        crop = 0 if seed is None else draw_number("crop", seed, epoch, sample.place.key) % num_crops
-        start = crop * self.info.crop_bytes
-        numbers = np.frombuffer(sample.audio, dtype="<f2", count=self.info.crop_bytes // 2, offset=start)
-        if not np.isfinite(numbers).all():
-            raise AudioError("it holds features that are not finite")
-        tensors["embeddings"][number].numpy().reshape(-1)[:] = numbers[: self._split]
-        if "posteriors" in tensors:
-            tensors["posteriors"][number].numpy().reshape(-1)[:] = numbers[self._split :]
+        is_drawn = seed is not None and num_crops > 1
+        crop = draw_number("crop", seed, epoch, sample.place.key) % num_crops if is_drawn else 0
+        # not searched for numbers that are not finite, half of the time of a batch: the checksum says that these are
+        # the ones that were written, which are finite
+        row[:] = np.frombuffer(sample.audio, dtype="<f2", count=len(row), offset=crop * self.info.crop_bytes)
+
+    def tensors(self, buffer: np.ndarray) -> dict[str, torch.Tensor]:
+        """See `Clips.tensors`."""
+        info, whole = self.info, torch.from_numpy(buffer)
+        split = info.embeddings[0] * info.embeddings[1]
+        found = {"embeddings": whole[:, :split].unflatten(1, info.embeddings)}
+        if info.posteriors[0]:
+            found["posteriors"] = whole[:, split:].unflatten(1, info.posteriors)
+        return found

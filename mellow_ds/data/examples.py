@@ -19,7 +19,15 @@ from mellow_ds.data.kinds import Kinds
 from mellow_ds.data.reader import BadSampleError, Place, Sample, ShardReader
 from mellow_ds.errors import FaultError, ShardError
 from mellow_ds.multiple_choice import shuffle_options
-from mellow_ds.prompt import ExampleRow, Layout, draw_number, encode_answer, encode_prompt, render_question
+from mellow_ds.prompt import (
+    ExampleRow,
+    Layout,
+    draw_number,
+    encode_answer,
+    encode_prompt,
+    has_phrasings,
+    render_question,
+)
 from mellow_ds.shard_format import Question
 
 
@@ -82,15 +90,10 @@ class _Found:
 
     question: Question
     shard: int
-    epoch: int  # of its shard set
     prompt: str
     answer: str
     samples: tuple[Sample | None, ...]  # of its clips, then distractors; None: silence
-
-    @property
-    def crops(self) -> tuple[tuple[str, int], ...]:
-        """(key, epoch) of the clips of the row, which say what is cropped of each; no key for silence."""
-        return tuple((sample.place.key if sample else "", self.epoch) for sample in self.samples)
+    crops: tuple[tuple[str, int], ...]  # (key, epoch) of those, which say what is cropped of each; "" for silence
 
     def evaluated(self) -> EvalExample:
         """What an evaluator needs to know."""
@@ -150,7 +153,7 @@ class BatchBuilder:
             kinds = self._kinds_of(kept)
             batch = collate(rows, clips, audio, ids, self.layout.end_id, pad_left=not self.with_answers, kinds=kinds)
         else:
-            batch = empty_batch(self.layout, self.clips.tensors(1))
+            batch = empty_batch(self.layout, self.clips.tensors(np.zeros_like(self.clips.buffer(1))))
         stats = LoadStats(
             num_examples=len(rows),
             num_samples=reading.num_samples,
@@ -169,7 +172,7 @@ class BatchBuilder:
         try:
             row, in_sample = self.reader.locate(shard, number)
             sample = reading.sample(shard, row)
-            question = sample.info.questions[in_sample]
+            question = sample.question(in_sample)
             rows = self.reader.rows_of(shard, question, sample)
             samples: list[Sample | None] = [reading.sample(shard, row) for row in rows]
             if self.layout.num_clips:
@@ -177,11 +180,14 @@ class BatchBuilder:
         except BadSampleError as error:
             reading.bad[error.place] = error
             return None
-        draw = None if self.seed is None else draw_number("phrasing", self.seed, epoch, question.id)
+        draw = None
+        if self.seed is not None and has_phrasings(question.input):
+            draw = draw_number("phrasing", self.seed, epoch, question.id)
         prompt, answer = render_question(question.input, question.answer, question.captions, draw)
         if self.shuffle_options and self.seed is not None:
             prompt, answer = shuffle_options(prompt, answer, draw_number("options", self.seed, epoch, question.id))
-        return _Found(question, shard, epoch, prompt, answer, tuple(samples))
+        crops = tuple([(sample.place.key if sample else "", epoch) for sample in samples])
+        return _Found(question, shard, prompt, answer, tuple(samples), crops)
 
     def _distractors(
         self, reading: "_Reading", shard: int, question: Question, rows: Sequence[int], epoch: int
@@ -216,17 +222,19 @@ class BatchBuilder:
         samples = {
             crop: sample for example in found for crop, sample in zip(example.crops, example.samples, strict=True)
         }
-        tensors = self.clips.tensors(len(samples))
+        buffer = self.clips.buffer(len(samples))
         numbers: dict[tuple[str, int], int] = {}
         for (key, epoch), sample in samples.items():
-            if sample is not None and not self.silence_audio:
+            if sample is None or self.silence_audio:
+                buffer[len(numbers)] = 0
+            else:
                 try:
-                    self.clips.fill(tensors, len(numbers), sample, self.seed, epoch)
+                    self.clips.fill(buffer[len(numbers)], sample, self.seed, epoch)
                 except AudioError as error:
                     reading.bad[sample.place] = BadSampleError(sample.place, "audio", f"{error}; build the shards anew")
                     continue
             numbers[key, epoch] = len(numbers)
-        return {name: tensor[: len(numbers)] for name, tensor in tensors.items()}, numbers
+        return self.clips.tensors(buffer[: len(numbers)]), numbers
 
     def _rows(self, examples: Sequence[_Found]) -> tuple[list[ExampleRow], int, int]:
         """(rows, prompts that were cut, answers that were cut)."""

@@ -20,6 +20,7 @@ class FetchAhead:
         self._in_flight: set[int] = set()
         self._errors: dict[int, Exception] = {}
         self._threads: list[threading.Thread] = []
+        self._is_closed = False
 
     def ask(self, numbers: Iterable[int]) -> None:
         """Put these in place of all that still wait; returns at once."""
@@ -33,6 +34,13 @@ class FetchAhead:
                 thread.start()
             self._lock.notify_all()
 
+    def close(self) -> None:
+        """End the threads, each after what it has under way; waits for none."""
+        with self._lock:
+            self._waiting.clear()
+            self._is_closed = True
+            self._lock.notify_all()
+
     def raise_error_of(self, number: int) -> None:
         """Raise, once, what fetching `number` ended with."""
         with self._lock:
@@ -44,6 +52,8 @@ class FetchAhead:
         while True:
             with self._lock:
                 while not self._waiting:
+                    if self._is_closed:
+                        return
                     self._lock.wait()
                 number = self._waiting.popleft()
                 self._in_flight.add(number)

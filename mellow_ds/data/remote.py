@@ -228,7 +228,8 @@ class HttpFolder:
 def _pool_for(address: str, retries: Retries) -> urllib3.PoolManager:
     """Connections for an address, through the proxy that the environment names for it (https_proxy, no_proxy, ...)."""
     settings: dict[str, Any] = {
-        "timeout": urllib3.Timeout(connect=retries.connect_seconds, read=retries.silence_seconds)
+        "timeout": urllib3.Timeout(connect=retries.connect_seconds, read=retries.silence_seconds),
+        "maxsize": 8,  # connections kept: more than a process has threads that download
     }
     parts = urllib.parse.urlsplit(address)
     proxy = urllib.request.getproxies().get(parts.scheme)

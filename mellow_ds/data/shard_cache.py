@@ -92,17 +92,18 @@ class ShardCache:
         where the disk or another process does not allow it.
         """
         self.check_room_for(entry.num_bytes, entry.name)
-        while True:
-            descriptor = self._open_whole(entry)
-            if descriptor is None:
-                with self._disk_faults():
+        with self._disk_faults():
+            while True:
+                descriptor = self._open_whole(entry)
+                if descriptor is None:
                     descriptor = self._fetch(entry, fetch)
-            if descriptor is not None:
-                return descriptor
+                if descriptor is not None:
+                    return descriptor
 
     def holds(self, entry: CacheEntry) -> bool:
         """Whether the file is there; it then counts as used now, and is not the next to be removed."""
-        descriptor = self._open_whole(entry)
+        with self._disk_faults():
+            descriptor = self._open_whole(entry)
         if descriptor is None:
             return False
         os.close(descriptor)
@@ -122,8 +123,6 @@ class ShardCache:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except FileNotFoundError:
             return None
-        except OSError as error:
-            raise FaultError(f"{path} in data.cache_folder cannot be opened ({error.strerror})") from None
         fcntl.flock(descriptor, fcntl.LOCK_SH)  # held exclusively for moments only
         if not _is_at(descriptor, path):  # removed meanwhile
             os.close(descriptor)
@@ -244,8 +243,8 @@ class ShardCache:
                     "data.cache_gigabytes, or name a folder on another disk"
                 ) from None
             raise ConfigError(
-                f"data.cache_folder {self.folder} cannot be used ({error.strerror}): name a folder that can be "
-                "written to"
+                f"data.cache_folder {self.folder} cannot be used ({error.strerror}): name a folder on a disk of this "
+                "node that can be written to"
             ) from None
 
 

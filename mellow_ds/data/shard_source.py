@@ -167,7 +167,7 @@ class RemoteSource:
 
     def _download(self, name: str, file: BinaryIO, wanted: Wanted) -> None:
         if wanted.num_bytes > 0:
-            _log.info("fetching %s (%.1f MB)", self._remote.where(name), wanted.num_bytes / 1e6)
+            _log.debug("fetching %s (%.1f MB)", self._remote.where(name), wanted.num_bytes / 1e6)
         download(self._remote, name, file, wanted, self._retries)
 
     def _tar_entry(self, shard: ShardInfo) -> CacheEntry:

@@ -359,6 +359,17 @@ def test_9_an_index_cannot_ask_for_more_than_a_member_may_have(shards: Path) -> 
         ShardReader([shards], RATE).sample(0, 1)
 
 
+@pytest.mark.parametrize("part", ["audio", "json"])
+def test_9_an_offset_that_no_file_can_have_is_a_sample_that_is_cut(shards: Path, part: str) -> None:
+    rows = np.load(shards / INDEX)
+    rows[f"{part}_offset"][1] = 2**63 + 7
+    np.save(shards / INDEX, rows)
+    sign(shards)
+    with pytest.raises(BadSampleError, match="the file ends") as error:
+        ShardReader([shards], RATE).sample(0, 1)
+    one_line(error)
+
+
 def test_9_an_index_that_announces_more_rows_than_fit_into_memory_is_refused(shards: Path) -> None:
     header = (shards / INDEX).read_bytes()
     at = header.index(b"'shape': (10,)")
@@ -411,24 +422,12 @@ def test_10_audio_that_is_not_what_the_index_says_is_left_out_and_counted(tmp_pa
 # 11, 12: few and uneven shards
 
 
-@pytest.mark.slow
-def test_11_one_shard_feeds_two_ranks_with_two_loader_processes_each(tmp_path: Path) -> None:
-    folder = write_shards(tmp_path / "s", [simple_clips(0, 15)])
-    found: list[str] = []
-    for rank in range(2):
-        with stream_of(ShardReader([folder], RATE), World(rank, 2), workers=2, end_step=3) as stream:
-            steps = list(stream)
-        assert len(steps) == 3
-        found += ids_of(steps)
-    assert sorted(found) == all_ids(folder)
-
-
-def count_together(world: World, folder: str) -> None:
-    """A rank's epoch, with a collective in each step, as training has one."""
+def count_together(world: World, uneven: str, single: str, journal: str) -> None:
+    """A rank's epoch over uneven shards, with a collective in each step, as training has one; then over one shard."""
     import torch
     import torch.distributed as dist
 
-    stream = stream_of(ShardReader([folder], RATE), world)
+    stream = stream_of(ShardReader([uneven], RATE), world)
     for step in range(stream.steps_per_epoch):
         batches = next(stream)
         mine = torch.tensor([step, sum(batch.num_examples for batch in batches.micro_batches)])
@@ -438,13 +437,25 @@ def count_together(world: World, folder: str) -> None:
         counts = sorted(int(other[1]) for other in together)
         assert counts[-1] - counts[0] <= 1
         assert sum(counts) == min(12, 74 - 12 * step)
+    with stream_of(ShardReader([single], RATE), world, workers=2, end_step=3) as stream:
+        steps = list(stream)
+    assert len(steps) == 3
+    Path(f"{journal}-{world.rank}").write_text("\n".join(ids_of(steps)))
     dist.barrier()
 
 
 @pytest.mark.slow
+def test_11_and_12_two_ranks_keep_step_on_uneven_shards_and_share_a_single_one(tmp_path: Path) -> None:
+    """One start of two real ranks for both: with two loader processes each, on the single shard."""
+    uneven = write_shards(tmp_path / "uneven", [simple_clips(n, clips) for n, clips in enumerate((10, 10, 10, 7))])
+    single = write_shards(tmp_path / "single", [simple_clips(0, 15)])
+    run_ranks(2, count_together, str(uneven), str(single), str(tmp_path / "journal"), seconds=120)
+    found = [example for rank in range(2) for example in (tmp_path / f"journal-{rank}").read_text().split()]
+    assert sorted(found) == all_ids(single)
+
+
 def test_12_uneven_shards_give_every_rank_as_many_steps(tmp_path: Path) -> None:
     folder = write_shards(tmp_path / "s", [simple_clips(n, clips) for n, clips in enumerate((10, 10, 10, 7))])
-    run_ranks(2, count_together, str(folder), seconds=60)
     for size in (1, 2, 3, 5):
         streams = [stream_of(ShardReader([folder], RATE), World(rank, size), end_step=7) for rank in range(size)]
         ranks = [list(stream) for stream in streams]

@@ -9,6 +9,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -269,6 +270,7 @@ def wait_for(condition: Any, seconds: float = 5.0) -> None:
 
 
 def test_shards_come_ahead_in_the_background(server: BadServer, cache: Path) -> None:
+    others = set(threading.enumerate())
     server.faults[TARS[2]] = [delay(0.3)]
     reader = open_reader(server.address, cache)
     started = time.monotonic()
@@ -283,6 +285,11 @@ def test_shards_come_ahead_in_the_background(server: BadServer, cache: Path) -> 
     assert len(server.asked) == asked
     reader.sample(1, 0)
     assert counts(server, [*INDEXES, *TARS]) == [1, 1, 1, 1, 1, 1]
+    assert set(threading.enumerate()) - others
+    reader.close()
+    wait_for(lambda: not [thread for thread in set(threading.enumerate()) - others if thread.name == "fetch-ahead"])
+    reader.prefetch([0])
+    reader.close()
 
 
 def test_a_shard_that_is_on_its_way_is_waited_for(server: BadServer, cache: Path) -> None:
@@ -298,7 +305,7 @@ def test_what_went_wrong_ahead_is_raised_when_the_shard_is_read(server: BadServe
     server.always[TARS[1]] = status(403)
     reader = open_reader(server.address, cache)
     reader.prefetch([1, 2])
-    wait_for(lambda: list(cache.glob(f"*/{TARS[2]}")))
+    wait_for(lambda: list(cache.glob(f"*/{TARS[2]}")) and reader._ahead._errors)
     asked = server.count(TARS[1])
     with pytest.raises(ShardError, match=r"shard-000001\.tar cannot be read: the server answers 403"):
         reader.sample(1, 0)
