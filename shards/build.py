@@ -3,24 +3,27 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from mellow_ds.errors import EXIT_DONE
+from mellow_ds.errors import EXIT_DONE, PackingError
 from mellow_ds.packing.settings import CODECS, BuildSettings
+from shards.build_report import describe_report
 from shards.command import Commands, add_command, add_workers
-
-if TYPE_CHECKING:
-    from mellow_ds.packing.build import Report
 
 _EXAMPLES = """A record is an object with filepath1, filepath2 (may be empty), caption1, caption2, input, answer,
 subtype and taskname (as in ReasonAQA), or with a list: {"clips": ["a.wav", "b.wav"], "input": ..., "answer": ...}.
 What cannot be packed is named with the reason in OUT/rejected.jsonl. A build that was stopped goes on when it is
 started again; a finished one is left as it is.
 
+With --num-parts N, this packs one of N parts, which can be built at the same time on machines that know nothing of each
+other but share the audio; part I goes into OUT/part-0000I-of-0000N. `mellow-shards merge` joins them, and
+launch/slurm/build_shards.sbatch runs one a SLURM task.
+
 examples:
   mellow-shards build --json train.json --audio-root audio --out shards/train
   mellow-shards build --json clotho.json audiocaps.json --audio-root audio --out shards/all --workers 16
-  mellow-shards build --json train.json --audio-root audio --out shards/train --codec pcm --max-rejected 0.05"""
+  mellow-shards build --json train.json --audio-root audio --out shards/train --codec pcm --max-rejected 0.05
+  mellow-shards build --json train.json --audio-root audio --out shards/train --num-parts 16 --part 3
+  mellow-shards build --json train.json --audio-root audio --out shards/clean --drop-list drop.jsonl"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -39,19 +42,26 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--audio-root", type=Path, required=True, metavar="DIR", help="folder that the paths in the records start from"
     )
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="shard folder to write")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="shard folder to write (with --num-parts, the folder that the parts lie in)",
+    )
     parser.add_argument(
         "--codec",
         choices=tuple(CODECS),
         default=default.codec,
-        help=f"flac, or pcm: 16-bit WAV, larger and faster to read (default: {default.codec})",
+        help="flac; pcm: 16-bit WAV, larger and faster to read; opus: smallest, not exact, stored at 48 kHz "
+        f"(default: {default.codec})",
     )
     parser.add_argument(
         "--sample-rate",
         type=int,
         default=default.sample_rate,
         metavar="HZ",
-        help=f"of the stored audio (default: {default.sample_rate})",
+        help=f"of the audio that a reader gets (default: {default.sample_rate})",
     )
     parser.add_argument(
         "--shard-megabytes",
@@ -70,34 +80,33 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a finished build of other input or settings in --out"
     )
+    parser.add_argument(
+        "--drop-list",
+        type=Path,
+        metavar="FILE",
+        help="leave out the clips and questions that FILE names, as `mellow-shards audit` writes it; JSON lines "
+        '{"kind": "clip" or "question", "id": ..., "reason": ...}',
+    )
+    parser.add_argument(
+        "--num-parts",
+        type=int,
+        metavar="N",
+        help="pack one of N parts, into a folder of its own below --out",
+    )
+    parser.add_argument("--part", type=int, metavar="I", help="which part, from 0 to N - 1")
     add_workers(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
-    given = {setting.name: vars(options)[setting.name] for setting in fields(BuildSettings) if setting.name in options}
+    if (options.num_parts is None) != (options.part is None):
+        raise PackingError("--num-parts and --part go together: give how many parts there are, and which this is")
+    if options.num_parts is not None and options.num_parts < 1:
+        raise PackingError(f"--num-parts is {options.num_parts}; it must be 1 or more")
+    asked = {name: value for name, value in vars(options).items() if value is not None}
+    given = {setting.name: asked[setting.name] for setting in fields(BuildSettings) if setting.name in asked}
     settings = BuildSettings(**given, progress=True)
     from mellow_ds.packing.build import run_build
 
     report = run_build(options.json, options.audio_root, options.out, settings)
-    print(_describe_build(options.out, report))
+    print(describe_report(report, "is built"))
     return EXIT_DONE
-
-
-def _describe_build(out: Path, report: "Report") -> str:
-    manifest = report.manifest
-    state = "is already there, built from the same input: nothing to do" if report.was_finished else "is built"
-    lines = [
-        f"{out} {state}",
-        f"clips        {manifest.num_clips:,}",
-        f"questions    {manifest.num_questions:,}",
-        f"shards       {len(manifest.shards):,}, {report.num_bytes:,} bytes",
-        f"replication  {report.replication:.3f} stored clips a clip",
-        f"rejected     {sum(report.rejected.values()):,} records",
-        *(f"               {count:,} {reason}" for reason, count in report.rejected.items()),
-        f"seconds      {report.seconds:.1f}",
-    ]
-    if report.rejected:
-        lines.append(f"{out / 'rejected.jsonl'} names each rejected record")
-    if report.num_reused and not report.was_finished:
-        lines.append(f"{report.num_reused} shards were taken over from an interrupted build")
-    return "\n".join(lines)

@@ -1,15 +1,16 @@
 """Pack question-answer JSON and audio files into a shard folder: the steps, in order.
 
-Read the records (records.py), hash and check every source file (survey.py), place clips into shards (shard_plan.py,
-placement.py), write the shards in processes (workers.py, write.py), publish (folder.py). The same input gives the same
-bytes, whatever the number of processes and whether or not the build was interrupted.
+Read the records (records.py; where a build is split, those of one part: parts.py), hash and check every source file
+(survey.py), place clips into shards (shard_plan.py, placement.py), write the shards in processes (workers.py,
+write.py), publish (folder.py). The same input gives the same bytes, whatever the number of processes and whether or not
+the build was interrupted.
 """
 
 import json
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,54 +20,18 @@ from tqdm import tqdm
 
 import mellow_ds
 from mellow_ds.errors import PackingError, ShardError
+from mellow_ds.packing.build_input import BuildInput, describe_sources, differences, read_input
 from mellow_ds.packing.folder import REJECTED_NAME, OutputFolder, renumbered
-from mellow_ds.packing.question_set import gather_questions
-from mellow_ds.packing.records import RecordSet, Rejection, read_records
+from mellow_ds.packing.parts import part_folder
+from mellow_ds.packing.question_set import QuestionSet, gather_questions
+from mellow_ds.packing.records import Rejection
+from mellow_ds.packing.report import Report, check_rejected_share
 from mellow_ds.packing.settings import BuildSettings
 from mellow_ds.packing.shard_plan import ShardPlan, plan_shards
-from mellow_ds.packing.survey import Survey, listing_hash, survey_sources
+from mellow_ds.packing.survey import Survey, survey_sources
 from mellow_ds.packing.workers import write_shards
 from mellow_ds.packing.write import ShardNote
 from mellow_ds.shard_format import Manifest
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a build came to."""
-
-    manifest: Manifest
-    seconds: float
-    was_finished: bool  # nothing had to be done
-    num_reused: int  # shards that an interrupted build had finished
-
-    @property
-    def num_stored(self) -> int:
-        """Clips in all shards, copies included."""
-        return sum(shard.num_samples for shard in self.manifest.shards)
-
-    @property
-    def replication(self) -> float:
-        """Stored clips a clip."""
-        return self.num_stored / max(self.manifest.num_clips, 1)
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of all tars."""
-        return sum(shard.num_bytes for shard in self.manifest.shards)
-
-    @property
-    def rejected(self) -> dict[str, int]:
-        """Records left out, by reason."""
-        return self.manifest.sources["rejected"]
-
-
-@dataclass(frozen=True)
-class _Input:
-    """What is to be packed, and how."""
-
-    records: RecordSet
-    audio_root: Path
-    settings: BuildSettings
 
 
 def build_shards(
@@ -81,47 +46,49 @@ def run_build(
 ) -> Report:
     """Pack the records of `json_files`, whose audio lies below `audio_root`, into the folder `out`.
 
-    A finished build of the same input is left as it is. Raises `PackingError` for what the user can correct,
-    `FaultError` for a full disk or a killed worker.
+    With `settings.num_parts`, pack one part of them into a folder of its own below `out`. A finished build of the same
+    input is left as it is. Raises `PackingError` for what the user can correct, `FaultError` for a full disk or a
+    killed worker.
     """
     started = time.monotonic()
     if not Path(audio_root).is_dir():
         raise PackingError(f"audio root {audio_root} is not a folder: correct --audio-root")
-    records = read_records(json_files)
-    if not records.num_records:
+    given = read_input(json_files, Path(audio_root), settings)
+    if not given.records.num_records:
         raise PackingError(f"{', '.join(map(str, json_files))}: no record in it, so there is nothing to pack")
-    given = _Input(records, Path(audio_root), settings)
-    folder = OutputFolder(Path(out))
+    folder = OutputFolder(part_folder(Path(out), settings))
     with folder.locked():
         return _build(given, folder, started)
 
 
-def _build(given: _Input, folder: OutputFolder, started: float) -> Report:
-    paths = sorted({path for record in given.records.records for path in record.paths})
-    listing, newest_change = listing_hash(given.audio_root, paths)
-    sources = _describe_sources(given, listing)
+def _build(given: BuildInput, folder: OutputFolder, started: float) -> Report:
+    sources = describe_sources(given)
     finished = _finished(given, folder, sources)
-    if finished is not None and newest_change < folder.manifest_path.stat().st_mtime:
+    if finished is not None and given.listing.newest_change < folder.manifest_path.stat().st_mtime:
         return _report_finished(given, folder, finished, started)
+    paths = given.paths
     with _progress(given.settings, len(paths), "hashing", "file") as bar:
         survey = survey_sources(given.audio_root, paths, given.settings.num_workers, bar)
     sources["audio"]["content"] = survey.content_hash
-    if finished is not None and not _differences(given, finished, sources):
+    if finished is not None and not differences(given, finished, sources):
         return _report_finished(given, folder, finished, started)
     if not given.settings.overwrite:
         _refuse_other(given, folder, sources)
     return _make(given, survey, folder, sources, started)
 
 
-def _make(given: _Input, survey: Survey, folder: OutputFolder, sources: dict[str, Any], started: float) -> Report:
-    found = gather_questions(given.records, survey)
+def _make(given: BuildInput, survey: Survey, folder: OutputFolder, sources: dict[str, Any], started: float) -> Report:
+    found = gather_questions(given.records, survey, given.drop_list)
     _check_rejected(given, folder, found.rejections)
+    _check_dropped(given, found)
     folder.start_work()
     plans = plan_shards(list(found.questions.values()), survey.clips, given.settings)
     notes, num_reused = _write_plans(given, folder, plans)
-    for dropped in (question for note in notes for question in note.dropped):
-        found.reject(dropped.id, survey.key_of, dropped.key, dropped.reason, dropped.detail)
-    counts = _check_rejected(given, folder, found.rejections)
+    for bad in (question for note in notes for question in note.dropped):
+        found.reject(bad.id, survey.key_of, bad.key, bad.reason, bad.detail)
+    sources["rejected"] = _check_rejected(given, folder, found.rejections)
+    if given.drop_list.sha256:
+        sources["dropped"] = dict(sorted(found.dropped.items()))
     subtypes = Counter(question.subtype for question in found.questions.values())
     shards = renumbered(notes)
     manifest = Manifest(
@@ -131,13 +98,13 @@ def _make(given: _Input, survey: Survey, folder: OutputFolder, sources: dict[str
         num_questions=sum(shard.num_questions for shard in shards),
         subtypes=dict(sorted(subtypes.items())),
         shards=shards,
-        sources={**sources, "rejected": counts},
+        sources=sources,
     )
-    folder.publish(notes, manifest)
-    return Report(manifest, time.monotonic() - started, was_finished=False, num_reused=num_reused)
+    folder.publish([note.info for note in notes if note.info is not None], manifest)
+    return Report(folder.path, manifest, time.monotonic() - started, was_finished=False, num_reused=num_reused)
 
 
-def _write_plans(given: _Input, folder: OutputFolder, plans: list[ShardPlan]) -> tuple[list[ShardNote], int]:
+def _write_plans(given: BuildInput, folder: OutputFolder, plans: list[ShardPlan]) -> tuple[list[ShardNote], int]:
     """(notes in the order of the plans, how many an interrupted build had left)."""
     versions = f"{mellow_ds.__version__} {soundfile.__libsndfile_version__} {version('torchaudio')}"
     marks = [plan.fingerprint(versions) for plan in plans]
@@ -149,79 +116,52 @@ def _write_plans(given: _Input, folder: OutputFolder, plans: list[ShardPlan]) ->
     return [note for note in notes.values() if note is not None], len(plans) - len(missing)
 
 
-def _describe_sources(given: _Input, listing: str) -> dict[str, Any]:
-    """What the manifest says that it was built from. Nothing of this machine or hour: equal builds are equal."""
-    return {
-        "tool": f"mellow-ds {mellow_ds.__version__}",
-        "json": [asdict(source) for source in given.records.sources],
-        "audio": {"listing": listing},
-        "shard_megabytes": given.settings.shard_megabytes,
-    }
-
-
-def _finished(given: _Input, folder: OutputFolder, sources: dict[str, Any]) -> Manifest | None:
+def _finished(given: BuildInput, folder: OutputFolder, sources: dict[str, Any]) -> Manifest | None:
     """The finished build in the folder, where it has the same records, settings and audio files by name and size."""
     try:
         manifest = folder.finished_manifest()
     except ShardError:
         return None
-    return manifest if manifest is not None and not _differences(given, manifest, sources) else None
+    return manifest if manifest is not None and not differences(given, manifest, sources) else None
 
 
-def _differences(given: _Input, manifest: Manifest, sources: dict[str, Any]) -> list[str]:
-    """What sets the build of `manifest` apart from the one that is asked for, as far as `sources` knows yet."""
-    built, wanted = manifest.sources, sources["audio"]
-    built_audio = built.get("audio") or {}
-    compared = {
-        "JSON files": built.get("json") != sources["json"],
-        "audio files": any(built_audio.get(name) != wanted[name] for name in wanted),
-        "--sample-rate": manifest.sample_rate != given.settings.sample_rate,
-        "--codec": manifest.codec != given.settings.codec,
-        "--shard-megabytes": built.get("shard_megabytes") != given.settings.shard_megabytes,
-    }
-    return [name for name, differs in compared.items() if differs]
-
-
-def _refuse_other(given: _Input, folder: OutputFolder, sources: dict[str, Any]) -> None:
+def _refuse_other(given: BuildInput, folder: OutputFolder, sources: dict[str, Any]) -> None:
     """Raise `PackingError` where the folder holds something that this build would replace."""
     folder.check_unclaimed()
     try:
         manifest = folder.finished_manifest()
     except ShardError as error:
         raise PackingError(f"{error}; or give another --out, or --overwrite to replace it") from None
-    differences = _differences(given, manifest, sources) if manifest is not None else []
-    if differences:
+    found = differences(given, manifest, sources) if manifest is not None else []
+    if found:
         raise PackingError(
-            f"{folder.path} holds a finished build that differs in {', '.join(differences)}: "
+            f"{folder.path} holds a finished build that differs in {', '.join(found)}: "
             "give another --out, or --overwrite to replace it"
         )
 
 
-def _check_rejected(given: _Input, folder: OutputFolder, rejections: list[Rejection]) -> dict[str, int]:
-    """Write rejected.jsonl and return the counts by reason; raises `PackingError` where there are too many."""
+def _check_rejected(given: BuildInput, folder: OutputFolder, rejections: list[Rejection]) -> dict[str, int]:
+    """Write rejected.jsonl and return the counts by reason; raises `PackingError` where there are too many.
+
+    A part may reject as many as the whole build: which of them fall together in a part is chance.
+    """
     path = folder.write_rejected([json.dumps(asdict(rejection)) for rejection in sorted(rejections)])
     counts = dict(sorted(Counter(rejection.reason for rejection in rejections).items()))
-    _check_share(counts, given, path)
+    check_rejected_share(counts, given.records.num_records, given.settings.max_rejected, path)
     return counts
 
 
-def _check_share(counts: dict[str, int], given: _Input, path: Path) -> None:
-    num_rejected, num_records = sum(counts.values()), given.records.num_records
-    allowed = given.settings.max_rejected
-    if num_rejected < num_records and num_rejected <= allowed * num_records:
-        return
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
-    cure = "correct them" if num_rejected == num_records else "correct them, or raise --max-rejected"
-    raise PackingError(
-        f"{num_rejected} of {num_records} records cannot be packed ({num_rejected / num_records:.2%}, "
-        f"allowed {allowed:.2%}): {reasons}; each is named in {path}: {cure}"
-    )
+def _check_dropped(given: BuildInput, found: QuestionSet) -> None:
+    if not found.questions and found.dropped and not given.settings.num_parts:
+        raise PackingError(f"{given.settings.drop_list} leaves no question to pack: correct --drop-list")
 
 
-def _report_finished(given: _Input, folder: OutputFolder, manifest: Manifest, started: float) -> Report:
-    _check_share(manifest.sources["rejected"], given, folder.path / REJECTED_NAME)
+def _report_finished(given: BuildInput, folder: OutputFolder, manifest: Manifest, started: float) -> Report:
+    rejected, allowed = manifest.sources["rejected"], given.settings.max_rejected
+    check_rejected_share(rejected, given.records.num_records, allowed, folder.path / REJECTED_NAME)
     folder.remove_work()
-    return Report(manifest, time.monotonic() - started, was_finished=True, num_reused=len(manifest.shards))
+    seconds = time.monotonic() - started
+    return Report(folder.path, manifest, seconds, was_finished=True, num_reused=len(manifest.shards))
 
 
 def _progress(settings: BuildSettings, total: int, verb: str, unit: str) -> Any:

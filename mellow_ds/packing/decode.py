@@ -12,14 +12,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
-from math import ceil, isqrt
+from math import isqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import soundfile
 
-from mellow_ds.packing.settings import CODECS
+from mellow_ds.packing.ogg import with_fixed_serial
+from mellow_ds.packing.settings import OPUS_SAMPLE_RATE
 from mellow_ds.shard_format import MAX_MEMBER_BYTES
 
 if TYPE_CHECKING:
@@ -32,9 +33,11 @@ MIN_SOURCE_RATE, MAX_SOURCE_RATE = 1_000, 768_000  # Hz
 MAX_SECONDS = 3_600
 MAX_SOURCE_FRAMES = MAX_SECONDS * 48_000  # 0.7 GB of float32 mono; at higher rates the longest clip is shorter
 
+_FILE_FORMATS = {"flac": ("FLAC", "PCM_16"), "pcm": ("WAV", "PCM_16"), "opus": ("OGG", "OPUS")}  # libsndfile's names
 _LOUDEST = 2.0**32  # full scale is 1; a float file may hold integers as they are; beyond is noise in the bytes
 _BLOCK_SAMPLES = 1 << 20  # decoded at a time, all channels together
 _KERNEL_ENTRIES = 2_000_000  # of the resampling filter: 16 MB; unreduced, 44,101 to 32,000 Hz would take 11 GB
+_MAX_TAPS_A_STEP = 1.5  # a window of the filter by its step: so much memory a matrix of all windows takes
 _UNKNOWN_LENGTH = 0x7FFF0000  # a chunk length from here on is a placeholder of a writer that could not seek back
 
 
@@ -56,7 +59,12 @@ class Header:
 
     def frames_at(self, sample_rate: int) -> int:
         """Frames after resampling, as an estimate."""
-        return ceil(self.num_frames * sample_rate / self.sample_rate)
+        return frames_after(self.num_frames, self.sample_rate, sample_rate)
+
+
+def frames_after(num_frames: int, source_rate: int, target_rate: int) -> int:
+    """Frames that resampling makes of `num_frames`: as many as begin before the end."""
+    return -(-num_frames * target_rate // source_rate)
 
 
 def read_source(path: Path) -> bytes:
@@ -80,29 +88,42 @@ def read_source(path: Path) -> bytes:
 def read_header(payload: bytes) -> Header:
     """The header of an audio file, within bounds and with all the bytes that it announces; else `BadClip`."""
     with _open_sound(payload) as sound:
-        header = Header(sound.samplerate, sound.channels, sound.frames)
-        log = sound.extra_info
-    _check_bounds(header)
-    _check_complete(payload, log)
-    return header
+        return _checked_header(sound, payload)
 
 
 def decode_mono(payload: bytes) -> tuple[np.ndarray, int]:
     """([frames] float32, rate in Hz), the mean of the channels; `BadClip` where it is not all there or not finite."""
-    header = read_header(payload)
-    mono = np.empty(header.num_frames, dtype=np.float32)
-    num_read = 0
     with _open_sound(payload) as sound:
+        header = _checked_header(sound, payload)
+        mono = np.empty(header.num_frames, dtype=np.float32)
+        num_read, block_frames = 0, max(_BLOCK_SAMPLES // header.num_channels, 1)
         while num_read < header.num_frames:
-            block = sound.read(max(_BLOCK_SAMPLES // header.num_channels, 1), dtype="float32", always_2d=True)
-            block = block[: header.num_frames - num_read]
-            if not len(block):
+            found = _read_block(sound, header.num_channels, mono[num_read : num_read + block_frames])
+            if not found:
                 raise BadClip("cut short", f"{num_read} frames of {header.num_frames}")
-            if not (np.abs(block) < _LOUDEST).all():  # false for NaN too
-                raise BadClip("samples are not finite")
-            mono[num_read : num_read + len(block)] = block.mean(axis=1)
-            num_read += len(block)
+            num_read += found
     return mono, header.sample_rate
+
+
+def _checked_header(sound: Any, payload: bytes) -> Header:
+    header = Header(sound.samplerate, sound.channels, sound.frames)
+    _check_bounds(header)
+    _check_complete(payload, sound.extra_info)
+    return header
+
+
+def _read_block(sound: Any, num_channels: int, out: np.ndarray) -> int:
+    """Fill `out` with the mean of the channels of the next frames; returns how many there were."""
+    # one channel is decoded right where it is to be: a block of its own, copied, took a third longer
+    if num_channels == 1:
+        block = sound.read(dtype="float32", out=out)
+    else:
+        block = sound.read(len(out), dtype="float32", always_2d=True)
+    if len(block) and not (block.max() < _LOUDEST and block.min() > -_LOUDEST):  # false for NaN too
+        raise BadClip("samples are not finite")
+    if num_channels > 1:
+        out[: len(block)] = block.mean(axis=1)
+    return len(block)
 
 
 def resample(mono: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray:
@@ -112,30 +133,49 @@ def resample(mono: np.ndarray, source_rate: int, target_rate: int) -> np.ndarray
         return mono
     import torch
 
+    resampler: Any = _resampler(ratio)
     with torch.no_grad():
-        return _resampler(ratio)(torch.from_numpy(mono)).numpy()
+        num_taps = resampler.kernel.shape[-1]
+        if num_taps > _MAX_TAPS_A_STEP * ratio.denominator:
+            return resampler(torch.from_numpy(mono)).numpy()
+        # the same filter as one matrix product: the convolution that torchaudio asks for takes half as long again
+        padded = torch.nn.functional.pad(torch.from_numpy(mono), (resampler.width, resampler.width + ratio.denominator))
+        windows = padded.unfold(0, num_taps, ratio.denominator).contiguous()
+        resampled = torch.mm(windows, resampler.kernel[:, 0].T).flatten()
+        return resampled[: frames_after(len(mono), ratio.denominator, ratio.numerator)].numpy()
 
 
 def to_int16(mono: np.ndarray) -> np.ndarray:
     """[frames] int16 of a signal in -1 .. 1; what is louder is clipped. 16-bit sources come back exactly."""
-    return np.clip(np.rint(mono * 32768.0), -32768, 32767).astype(np.int16)
+    scaled = mono * 32768.0
+    np.rint(scaled, out=scaled)
+    np.clip(scaled, -32768, 32767, out=scaled)
+    return scaled.astype(np.int16)
 
 
 def encode(samples: np.ndarray, sample_rate: int, codec: str) -> bytes:
-    """A FLAC or WAV file of [frames] int16; `BadClip` where it is too long for a member of a shard."""
+    """A FLAC, WAV or Ogg/Opus file of [frames] int16; `BadClip` where it is too long for a member of a shard."""
     buffer = io.BytesIO()
-    soundfile.write(buffer, samples, sample_rate, format=CODECS[codec].upper(), subtype="PCM_16")
+    file_format, subtype = _FILE_FORMATS[codec]
+    soundfile.write(buffer, samples, sample_rate, format=file_format, subtype=subtype)
     payload = buffer.getvalue()
+    if codec == "opus":
+        payload = with_fixed_serial(payload)
     if len(payload) > MAX_MEMBER_BYTES:
         raise BadClip("too large for a shard", f"{len(payload)} bytes as {codec}; at most {MAX_MEMBER_BYTES}")
     return payload
 
 
 def pack_clip(payload: bytes, sample_rate: int, codec: str) -> tuple[bytes, int]:
-    """(encoded audio, frames) of a source file's bytes, as a shard stores it; `BadClip` where it cannot be packed."""
+    """(encoded audio, frames at `sample_rate`) of a source file's bytes, as a shard stores it.
+
+    Opus is stored at 48 kHz, so its frames are those that resampling it on reading gives. `BadClip` where the file
+    cannot be packed.
+    """
     mono, source_rate = decode_mono(payload)
-    samples = to_int16(resample(mono, source_rate, sample_rate))
-    return encode(samples, sample_rate, codec), len(samples)
+    stored_rate = OPUS_SAMPLE_RATE if codec == "opus" else sample_rate
+    samples = to_int16(resample(mono, source_rate, stored_rate))
+    return encode(samples, stored_rate, codec), frames_after(len(samples), stored_rate, sample_rate)
 
 
 @contextmanager

@@ -6,18 +6,19 @@ whole, a build that fails leaves an earlier one as it was, and a killed build go
 
 import errno
 import fcntl
-import hashlib
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from mellow_ds.errors import FaultError, PackingError, ShardError
+from mellow_ds.packing.shard_copy import file_sha256
+from mellow_ds.packing.shard_file import published
 from mellow_ds.packing.shard_plan import shard_name
-from mellow_ds.packing.write import ShardNote, note_path, published, read_note
+from mellow_ds.packing.write import ShardNote, note_path, read_note
 from mellow_ds.shard_format import (
     MANIFEST_NAME,
     Manifest,
@@ -70,11 +71,11 @@ class OutputFolder:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise FaultError(
                     f"disk full while packing into {self.path}: free some space or give another --out, and start the "
-                    "same build again; finished shards are kept"
+                    "same command again; finished shards are kept"
                 ) from None
             if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
                 raise PackingError(f"{self.path} cannot be written ({error.strerror}): give another --out") from None
-            raise FaultError(f"packing into {self.path} failed ({error}): start the same build again") from None
+            raise FaultError(f"packing into {self.path} failed ({error}): start the same command again") from None
 
     def check_unclaimed(self) -> None:
         """Raise `PackingError` where tars lie here that no build of ours accounts for."""
@@ -105,7 +106,7 @@ class OutputFolder:
     def _is_whole(self, name: str, sha256: str) -> bool:
         # synced before it was renamed, so a file that is there is whole; the hash is against another in its place
         path = self.work / name
-        return path.is_file() and _file_sha256(path) == sha256
+        return path.is_file() and file_sha256(path) == sha256
 
     def write_rejected(self, lines: list[str]) -> Path:
         """Write rejected.jsonl, also where nothing is rejected."""
@@ -114,10 +115,9 @@ class OutputFolder:
             file.write("".join(f"{line}\n" for line in lines).encode())
         return path
 
-    def publish(self, notes: list[ShardNote], manifest: Manifest) -> None:
-        """Move the shards of `notes` up under the names that `manifest` has for them, and write it last."""
+    def publish(self, made: Sequence[ShardInfo], manifest: Manifest) -> None:
+        """Move the shards `made` up under the names that `manifest` has for them, and write it last."""
         self.manifest_path.unlink(missing_ok=True)
-        made = [note.info for note in notes if note.info is not None]
         for old in self._shard_files():
             old.unlink()
         for info, final in zip(made, manifest.shards, strict=True):
@@ -167,14 +167,6 @@ def _move_up(path: Path, final: Path) -> None:
         final.hardlink_to(path)
     except OSError:
         path.replace(final)
-
-
-def _file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync_folder(path: Path) -> None:

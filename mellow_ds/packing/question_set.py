@@ -3,9 +3,12 @@
 from collections import Counter
 from dataclasses import dataclass
 
+from mellow_ds.packing.drop_list import DropList
 from mellow_ds.packing.records import Record, RecordSet, Rejection
 from mellow_ds.packing.survey import Survey
 from mellow_ds.shard_format import Question, question_id
+
+_NO_DROP_LIST = DropList()
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class QuestionSet:
     questions: dict[str, Question]  # by id, in the order of the records
     record_of: dict[str, Record]  # by question id
     rejections: list[Rejection]
+    dropped: Counter[str]  # questions that the drop list takes out: with their "clip", or by "question"
 
     def reject(self, question_id: str, path_keys: dict[str, str], bad_key: str, reason: str, detail: str) -> None:
         """Move a question to the rejections, by its record and the path of the clip `bad_key`."""
@@ -24,19 +28,29 @@ class QuestionSet:
         del self.questions[question_id]
 
 
-def gather_questions(records: RecordSet, survey: Survey) -> QuestionSet:
-    """Questions of all records whose clips are usable as far as their headers say; the others are rejected."""
-    found = QuestionSet({}, {}, list(records.rejections))
+def gather_questions(records: RecordSet, survey: Survey, drop_list: DropList = _NO_DROP_LIST) -> QuestionSet:
+    """Questions of all records whose clips are usable as far as their headers say; the others are rejected.
+
+    What `drop_list` names is left out and counted apart. The ids of the others stay as they are without one.
+    """
+    found = QuestionSet({}, {}, list(records.rejections), Counter())
     occurrences: Counter[str] = Counter()
+    same_clips: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all questions about the same clips
     for record in records.records:
         bad = next((path for path in record.paths if path in survey.bad), None)
         if bad is not None:
             fault = survey.bad[bad]
             found.rejections.append(Rejection(record.file, record.number, bad, fault.reason, fault.detail))
             continue
-        question = _question(record, tuple(survey.key_of[path] for path in record.paths), occurrences)
-        found.questions[question.id] = question
-        found.record_of[question.id] = record
+        clips = tuple(survey.key_of[path] for path in record.paths)
+        question = _question(record, same_clips.setdefault(clips, clips), occurrences)
+        if not drop_list.clips.isdisjoint(clips):
+            found.dropped["clip"] += 1
+        elif question.id in drop_list.questions:
+            found.dropped["question"] += 1
+        else:
+            found.questions[question.id] = question
+            found.record_of[question.id] = record
     return found
 
 

@@ -5,16 +5,15 @@ generic one with lists (`clips, captions, input, answer, subtype, taskname`). A 
 error but a `Rejection`; a file that is no list of records is a `PackingError`.
 """
 
-import hashlib
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from sys import intern
 from typing import Any
 
 from mellow_ds.errors import PackingError
+from mellow_ds.packing.json_list import JsonList
 from mellow_ds.prompt import render_question
 
 MAX_CLIPS = 64  # clips of one question; more is a mistake in the file
@@ -76,23 +75,36 @@ class _Unusable(Exception):
         self.reason, self.detail, self.path = reason, detail, path
 
 
-def read_records(json_files: Sequence[str | Path]) -> RecordSet:
-    """All records of the files, in order; raises `PackingError` naming a file that cannot be used as a whole."""
+def read_records(
+    json_files: Sequence[str | Path], wanted: Callable[[Record | Rejection], bool] | None = None
+) -> RecordSet:
+    """All records of the files, in order, or those that are `wanted`; never a whole file in memory.
+
+    Raises `PackingError` naming a file that cannot be used as a whole.
+    """
     if not json_files:
         raise PackingError("no JSON file is given: name at least one with --json")
     paths = [Path(file) for file in json_files]
     found = RecordSet([], [], ())
     sources = []
     for path, name in zip(paths, _distinct_names(paths), strict=True):
-        payload = _read_file(path)
-        entries = _parse_list(payload, path)
+        entries = JsonList(path)
         for number, entry in enumerate(entries):
-            try:
-                found.records.append(_parse_record(entry, name, number))
-            except _Unusable as fault:
-                found.rejections.append(Rejection(name, number, fault.path, fault.reason, fault.detail))
-        sources.append(JsonSource(name, hashlib.sha256(payload).hexdigest(), len(entries)))
+            record = _record_of(entry, name, number)
+            if wanted is None or wanted(record):
+                if isinstance(record, Record):
+                    found.records.append(record)
+                else:
+                    found.rejections.append(record)
+        sources.append(JsonSource(name, entries.sha256, entries.num_entries))
     return RecordSet(found.records, found.rejections, tuple(sources))
+
+
+def _record_of(entry: Any, file: str, number: int) -> Record | Rejection:
+    try:
+        return _parse_record(entry, file, number)
+    except _Unusable as fault:
+        return Rejection(file, number, fault.path, fault.reason, fault.detail)
 
 
 def _distinct_names(paths: Sequence[Path]) -> list[str]:
@@ -104,25 +116,6 @@ def _distinct_names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
         depth += 1
-
-
-def _read_file(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise PackingError(f"{path} cannot be read ({error.strerror}): correct --json") from None
-
-
-def _parse_list(payload: bytes, path: Path) -> list[Any]:
-    wanted = "a JSON list of records (objects with filepath1 or clips, input, answer)"
-    try:
-        entries = json.loads(payload.decode("utf-8-sig"))
-    except (ValueError, RecursionError) as error:
-        raise PackingError(f"{path} is not JSON ({error}); wanted is {wanted}") from None
-    if not isinstance(entries, list) or (entries and not any(isinstance(entry, dict) for entry in entries)):
-        found = "a list without an object" if isinstance(entries, list) else f"a JSON {type(entries).__name__}"
-        raise PackingError(f"{path} holds {found}; wanted is {wanted}")
-    return entries
 
 
 def _parse_record(entry: Any, file: str, number: int) -> Record:
@@ -140,7 +133,7 @@ def _parse_record(entry: Any, file: str, number: int) -> Record:
         file=file,
         number=number,
         paths=tuple(intern(_inside_root(path)) for path in paths),
-        captions=captions,
+        captions=tuple(map(intern, captions)),
         input=intern(prompt),
         answer=answer,
         subtype=intern(_text(entry, "subtype", "") or taskname),

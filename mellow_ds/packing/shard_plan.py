@@ -5,13 +5,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mellow_ds.packing.decode import Header
 from mellow_ds.packing.placement import Placement, place_clips
 from mellow_ds.packing.settings import BuildSettings
 from mellow_ds.packing.survey import SourceClip
 from mellow_ds.shard_format import Question
 
-# Bytes of a member by those of its 16-bit PCM: FLAC takes 0.67 on everyday sound (854 of 1,283 kB a pair of clips).
-_CODEC_FACTOR = {"flac": 0.67, "pcm": 1.0}
+_FLAC_SHARE = 0.67  # of the bytes of 16-bit PCM, on everyday sound (854 of 1,283 kB a pair of clips)
+_OPUS_BYTES_A_SECOND = 9_000  # mono, at libsndfile's default bit rate, whatever the source
 _SAMPLE_OVERHEAD = 2_048  # tar headers, padding and the JSON without its questions
 _QUESTION_OVERHEAD = 250  # JSON of a question beside its texts
 _MEGABYTE = 1_000_000
@@ -22,7 +23,7 @@ class AudioForm:
     """How clips are stored."""
 
     sample_rate: int  # Hz
-    codec: str  # "flac" or "pcm"
+    codec: str  # one of settings.CODECS
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,7 @@ class PlannedClip:
     key: str
     source: str  # path below the audio root
     questions: tuple[Question, ...]  # none for a copy
+    checksum: int = 0  # of the source file; 0: unknown
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,7 @@ def plan_shards(
     plans = []
     for number, keys in enumerate(placement.shards):
         own = {key: tuple(by_clip.get(key, ())) for key in keys if placement.home[key] == number}
-        planned = (PlannedClip(key, clips[key].source, own.get(key, ())) for key in keys)
+        planned = (PlannedClip(key, clips[key].source, own.get(key, ()), clips[key].checksum) for key in keys)
         plans.append(ShardPlan(shard_name(number), tuple(planned), form))
     return plans
 
@@ -80,10 +82,17 @@ def _place(questions: Sequence[Question], clips: dict[str, SourceClip], settings
     for question in questions:
         for key in question.clips:
             if key not in clip_bytes:
-                pcm_bytes = 2 * clips[key].header.frames_at(settings.sample_rate)
-                clip_bytes[key] = _SAMPLE_OVERHEAD + round(pcm_bytes * _CODEC_FACTOR[settings.codec])
+                clip_bytes[key] = _SAMPLE_OVERHEAD + _audio_bytes(clips[key].header, settings)
         first, *others = question.clips
         texts = (question.input, question.answer, *question.captions)
         clip_bytes[first] += _QUESTION_OVERHEAD + sum(map(len, texts))
         partners.setdefault(first, set()).update(others)
     return place_clips(clip_bytes, partners, round(settings.shard_megabytes * _MEGABYTE))
+
+
+def _audio_bytes(header: Header, settings: BuildSettings) -> int:
+    """Bytes of a clip's audio member, as an estimate."""
+    if settings.codec == "opus":
+        return round(header.num_frames / header.sample_rate * _OPUS_BYTES_A_SECOND)
+    pcm_bytes = 2 * header.frames_at(settings.sample_rate)
+    return round(pcm_bytes * _FLAC_SHARE) if settings.codec == "flac" else pcm_bytes

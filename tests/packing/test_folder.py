@@ -86,7 +86,7 @@ def test_a_full_disk_is_said_to_be_full_and_nothing_is_published(corpus: Any, ti
         corpus.tone(f"{number}.wav", seconds=3, hertz=100 + number, rate=32_000)
         corpus.ask(f"{number}.wav")
     settings = BuildSettings(workers=1, codec="pcm", shard_megabytes=0.19)
-    with pytest.raises(FaultError, match=r"disk full .*start the same build again") as caught:
+    with pytest.raises(FaultError, match=r"disk full .*start the same command again") as caught:
         run_build([corpus.write()], corpus.root, tiny_disk / "out", settings)
     assert caught.value.exit_code == EXIT_FAULT
     assert not (tiny_disk / "out" / MANIFEST_NAME).exists()

@@ -116,3 +116,22 @@ def test_the_order_of_the_arguments_does_not_matter() -> None:
 
 def test_nothing_gives_nothing() -> None:
     assert place_clips({}, {}, 100) == Placement((), {})
+
+
+def reason_aqa(bytes_a_second: int) -> tuple[dict[str, int], dict[str, list[str]]]:
+    """Sizes and pairs with ReasonAQA's counts: 10 s clips in random pairs, 15 to 30 s clips first in five each."""
+    draw = random.Random(0)
+    short, long = keys(48_660 + 3_839)[:48_660], keys(48_660 + 3_839)[48_660:]
+    sizes = dict.fromkeys(short, 10 * bytes_a_second)
+    sizes.update({key: round(draw.uniform(15, 30) * bytes_a_second) for key in long})
+    partners = {key: [draw.choice(short)] for key in short}
+    partners.update({key: [draw.choice(long) for _ in range(5)] for key in long})
+    return sizes, partners
+
+
+@pytest.mark.parametrize("bytes_a_second", [43_000, 64_000])  # FLAC, 16-bit PCM at 32 kHz
+def test_reason_aqa_in_shards_of_a_gigabyte_needs_at_most_a_quarter_more(bytes_a_second: int) -> None:
+    sizes, partners = reason_aqa(bytes_a_second)
+    placement = place_clips(sizes, partners, 10**9)
+    check(placement, sizes, partners, 10**9)
+    assert placement.replication <= 1.25

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tqdm import tqdm
 
-from mellow_ds.packing.survey import content_key, listing_hash, survey_sources
+from mellow_ds.packing.survey import content_key, list_sources, survey_sources
 
 
 @pytest.mark.parametrize("workers", [1, 4])
@@ -41,13 +41,16 @@ def test_hashes_follow_the_content(corpus: Any) -> None:
     for path in paths:
         corpus.tone(path)
     bar = tqdm(disable=True)
-    listing, newest = listing_hash(corpus.root, paths)
+    before = list_sources(corpus.root, paths, 1)
     content = survey_sources(corpus.root, paths, 1, bar).content_hash
-    assert listing_hash(corpus.root, paths[::-1])[0] == listing
+    assert list_sources(corpus.root, paths[::-1], 4) == before
+    assert before.file_bytes == {path: (corpus.root / path).stat().st_size for path in paths}
     changed = corpus.tone("b.wav", hertz=300)  # of the same size
     os.utime(changed, (0, 0))
-    assert listing_hash(corpus.root, paths)[0] == listing
-    assert listing_hash(corpus.root, paths)[1] > newest, "the change time is seen where the write time is made old"
+    after = list_sources(corpus.root, paths, 1)
+    assert after.sha256 == before.sha256
+    assert after.newest_change > before.newest_change, "the change time is seen where the write time is made old"
     assert survey_sources(corpus.root, paths, 1, bar).content_hash != content
     corpus.tone("b.wav", seconds=0.06)
-    assert listing_hash(corpus.root, paths)[0] != listing
+    assert list_sources(corpus.root, paths, 1).sha256 != before.sha256
+    assert list_sources(corpus.root, ["a.wav", "gone.wav"], 1).file_bytes["gone.wav"] == 0

@@ -1,5 +1,6 @@
 """Worker processes: a killed one ends the build with a clear line, and the caller's torch stays as it was."""
 
+import contextlib
 from typing import Any
 
 import psutil
@@ -21,8 +22,9 @@ class KillingBar:
         del count
         for child in psutil.Process().children(recursive=True):
             # the forkserver's children are the workers; the forkserver and the resource tracker serve other tests too
-            if child.parent() != psutil.Process():
-                child.kill()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.parent() != psutil.Process():
+                    child.kill()
 
 
 @pytest.mark.slow
