@@ -7,7 +7,7 @@ from pathlib import Path
 from mellow_ds.errors import EXIT_DONE, ConfigError
 from shards.command import Commands, add_command
 
-_EXAMPLES = """A run on feature shards (give them as data.shards) trains projector and decoder, and does not run the encoder.
+_EXAMPLES = """A run on feature shards (as data.shards) trains projector and decoder, and does not run the encoder.
 The encoder is that of a run's step folder, or of a run configuration with pretrained weights, whose keys may follow
 as for train.py. A build that was stopped goes on when it is started again.
 
@@ -55,9 +55,7 @@ def _open_encoder(options: argparse.Namespace) -> tuple:
     """(encoder, its configuration, what people call it)."""
     if options.checkpoint is not None:
         if options.overrides:
-            raise ConfigError(
-                f"'{options.overrides[0]}' is no option beside --checkpoint, which has its own encoder"
-            )
+            raise ConfigError(f"'{options.overrides[0]}' is no option beside --checkpoint, which has its own encoder")
         from mellow_ds.cli.model_folder import load_model_folder
 
         model, _ = load_model_folder(options.checkpoint, "cpu")

@@ -154,8 +154,8 @@ def read_member(tar: BinaryIO, offset: int, num_bytes: int) -> bytes:
     try:
         tar.seek(offset)
         payload = tar.read(num_bytes)
-    except OSError as error:  # an offset that no file can have, or a bad disk
-        raise DamagedSample(f"it cannot be read ({error.strerror})") from None
+    except (OSError, ValueError) as error:  # a bad disk, or an offset that no file can have
+        raise DamagedSample(f"it cannot be read ({getattr(error, 'strerror', None) or error})") from None
     if len(payload) < num_bytes:
         raise DamagedSample("the tar ends within it")
     return payload

@@ -3,7 +3,9 @@
 from typing import Any
 
 import numpy as np
+import pytest
 
+from mellow_ds.errors import ShardError
 from mellow_ds.packing.build import build_shards
 from mellow_ds.packing.summary import format_summary, summarize
 
@@ -25,3 +27,36 @@ def test_counts_and_durations_are_those_of_the_corpus(corpus: Any) -> None:
     assert lines["pair"].split() == ["pair", "2"]
     assert lines["single"].split() == ["single", "3"]
     assert lines["questions"].split() == ["questions", "5"]
+
+
+def test_texts_are_measured_in_words_as_the_model_is_given_them(corpus: Any) -> None:
+    corpus.tone("a.wav")
+    corpus.ask("a.wav", input="is it a tone?", answer="yes")
+    corpus.ask("a.wav", input="caption first audio", answer="", caption1="A long  tone.")
+    build_shards([corpus.write()], corpus.root, corpus.folder / "out", workers=1)
+    summary = summarize(corpus.folder / "out")
+    assert sorted(summary.prompt_words) == [4, 4]  # "describe the first audio"
+    assert sorted(summary.answer_words) == [1, 7]  # "the audio 1 is a long tone."
+    assert "1 / 4 / 7" in format_summary("out", summary)
+
+
+def test_levels_are_those_of_the_clips_with_the_first_keys(corpus: Any) -> None:
+    for number in range(4):
+        corpus.tone(f"{number}.wav", seconds=0.1, hertz=100 * (number + 1))  # amplitude 0.5: -6.0 and -9.0 dBFS
+        corpus.ask(f"{number}.wav")
+    build_shards([corpus.write()], corpus.root, corpus.folder / "out", workers=1, sample_rate=8_000)
+    summary = summarize(corpus.folder / "out", num_levels=3)
+    np.testing.assert_allclose(summary.peak_dbfs, [-6.02] * 3, atol=0.05)
+    np.testing.assert_allclose(summary.rms_dbfs, [-9.03] * 3, atol=0.05)
+    again = summarize(corpus.folder / "out", num_levels=100)
+    assert len(again.peak_dbfs) == 4
+    assert not len(summarize(corpus.folder / "out").peak_dbfs)
+
+
+def test_a_damaged_text_is_named(corpus: Any) -> None:
+    corpus.ask_tones(3)
+    build_shards([corpus.write()], corpus.root, corpus.folder / "out", workers=1)
+    tar = corpus.folder / "out" / "shard-000000.tar"
+    tar.write_bytes(tar.read_bytes()[:2_000])
+    with pytest.raises(ShardError, match=r"shard-000000\.tar, clip [0-9a-f]{32}: the tar ends within it"):
+        summarize(corpus.folder / "out")

@@ -1,5 +1,6 @@
 """The command line of the packing room: exit codes, one clear line, and help that answers at once."""
 
+import hashlib
 import json
 import os
 import resource
@@ -41,7 +42,9 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("arguments", [[], ["build"], ["verify"], ["inspect"], ["synthesize"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["build"], ["merge"], ["verify"], ["inspect"], ["audit"], ["plan"], ["synthesize"]]
+)
 def test_help_has_examples_and_costs_less_than_half_a_second(arguments: list[str]) -> None:
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = run(*arguments, "--help")
@@ -145,3 +148,56 @@ def test_a_synthetic_corpus_is_made_packed_and_verified(tmp_path: Path) -> None:
         )
         assert built.returncode == EXIT_DONE, built.stderr
         assert run("verify", out).returncode == EXIT_DONE
+
+
+def test_parts_are_built_and_merged(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for part in ("0", "1"):
+        assert main(build_arguments(corpus, "--num-parts", "2", "--part", part)) == EXIT_DONE
+    printed = capsys.readouterr().out
+    folders = [str(corpus / "out" / f"part-0000{part}-of-00002") for part in range(2)]
+    assert f"{folders[1]} is built" in printed
+    assert main(["merge", *folders, "--out", str(corpus / "out")]) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "is joined from 2 parts" in printed
+    assert [line.split()[1] for line in printed.splitlines()[1:3]] == ["3", "4"]
+    assert main(["verify", str(corpus / "out"), "--workers", "1"]) == EXIT_DONE
+    capsys.readouterr()
+    assert main(["merge", folders[1], "--out", str(corpus / "other")]) == EXIT_USER
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: 1 of 2 parts are missing: 0;")
+    assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        (["--num-parts", "2"], "--num-parts and --part go together"),
+        (["--part", "0"], "--num-parts and --part go together"),
+        (["--num-parts", "2", "--part", "2"], "--part is 2; it must be from 0 to 1"),
+        (["--num-parts", "0", "--part", "0"], "--num-parts is 0; it must be 1 or more"),
+        (["--codec", "opus", "--sample-rate", "96000"], "opus stores 48000 Hz"),
+        (["--drop-list", "/nowhere.jsonl"], "/nowhere.jsonl cannot be read"),
+    ],
+)
+def test_a_mistake_about_parts_codec_or_drop_list_is_one_line(
+    corpus: Path, capsys: pytest.CaptureFixture[str], given: list[str], named: str
+) -> None:
+    assert main(build_arguments(corpus, *given)) == EXIT_USER
+    captured = capsys.readouterr()
+    assert captured.err.count("\n") == 1
+    assert named in captured.err
+
+
+def test_what_the_drop_list_takes_out_has_a_line_of_its_own(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    key = hashlib.sha256((corpus / "b.wav").read_bytes()).hexdigest()[:32]
+    (corpus / "drop.jsonl").write_text(json.dumps({"kind": "clip", "id": key, "reason": "silent"}))
+    assert main(build_arguments(corpus, "--drop-list", str(corpus / "drop.jsonl"))) == EXIT_DONE
+    printed = capsys.readouterr().out
+    assert "dropped      2 questions by the drop list (2 with a clip, 0 by name)" in printed
+    assert "rejected     0 records" in printed
+
+
+def test_opus_shards_are_built_and_verified(corpus: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(build_arguments(corpus, "--codec", "opus")) == EXIT_DONE
+    assert main(["verify", str(corpus / "out"), "--workers", "1"]) == EXIT_DONE
+    assert "is well" in capsys.readouterr().out
