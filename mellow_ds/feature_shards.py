@@ -24,7 +24,7 @@ from mellow_ds.data.audio import AudioError, decode_window
 from mellow_ds.data.reader import Sample, ShardReader
 from mellow_ds.errors import FaultError, PackingError, ShardError
 from mellow_ds.model.configuration import MellowEncoderConfig
-from mellow_ds.model.encoders import AudioFeatures, build_encoder
+from mellow_ds.model.encoders import AudioFeatures, as_floats, build_encoder
 from mellow_ds.model.fingerprint import encoder_fingerprint
 from mellow_ds.packing.folder import OutputFolder
 from mellow_ds.packing.shard_file import published, write_samples
@@ -235,7 +235,7 @@ def _windows(sample: Sample, sampling_rate: int, info: FeatureInfo) -> list[np.n
     starts = [spare * number // max(num_crops - 1, 1) for number in range(num_crops)]
     found = []
     for start in starts:
-        out = np.zeros(info.clip_samples, dtype=np.float32)
+        out = np.empty(info.clip_samples, dtype=np.int16)
         try:
             decode_window(sample.audio, sampling_rate, sample.num_frames, start, out)
         except AudioError as error:
@@ -255,7 +255,7 @@ def _encode(
     crops: list[bytes] = []
     for start in range(0, len(windows), task.settings.batch_size):
         batch = torch.from_numpy(np.stack(windows[start : start + task.settings.batch_size]))
-        crops += _as_bytes(encoder(batch.to(task.device)))
+        crops += _as_bytes(encoder(as_floats(batch.to(task.device))))
     taken = 0
     for info, num_crops in waiting:
         yield info, b"".join(crops[taken : taken + num_crops])

@@ -8,6 +8,7 @@ so that a sample is read by two offsets and nothing else is touched. Nothing her
 
 import dataclasses
 import hashlib
+import io
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -231,8 +232,13 @@ def read_index(folder: str | Path, shard: ShardInfo) -> np.ndarray:
         raise ShardError(f"{path} cannot be read ({error.strerror}): build the shards anew") from None
     if hashlib.sha256(payload).hexdigest() != shard.index_sha256:
         raise ShardError(f"{path} is not the index that the manifest names (SHA-256 differs): build the shards anew")
-    rows = np.load(path, allow_pickle=False)
-    if rows.dtype != INDEX_DTYPE or len(rows) != shard.num_samples:
+    try:
+        rows = np.load(io.BytesIO(payload), allow_pickle=False)
+    except Exception as error:
+        # numpy's, of many kinds: a header that is none, announces objects to unpickle or more rows than memory holds
+        problem = str(error).partition("\n")[0]
+        raise ShardError(f"{path} is no index ({type(error).__name__}: {problem}): build the shards anew") from None
+    if not isinstance(rows, np.ndarray) or rows.dtype != INDEX_DTYPE or len(rows) != shard.num_samples:
         raise ShardError(f"{path} has {len(rows)} rows; the manifest says {shard.num_samples}: build the shards anew")
     return rows
 

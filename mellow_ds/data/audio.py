@@ -1,4 +1,4 @@
-"""From a sample's compressed audio to the window of float32 samples that the encoder sees. Nothing else is decoded.
+"""From a sample's compressed audio to the window of 16-bit samples that the encoder sees. Nothing else is decoded.
 
 Only the window is decoded, of Opus also what stands before it. What a decoder finds is held against the index before a
 sample is taken from it: libsndfile itself reads half a file, an empty one or 1,024 channels without complaint.
@@ -16,7 +16,7 @@ import soundfile
 
 from mellow_ds.prompt import draw_number
 
-_INT16_SCALE = np.float32(1 / 32768)  # what libsndfile uses, so that PCM and FLAC give the same floats
+INT16_SCALE = 1 / 32768  # of a sample; a power of two: 16-bit audio becomes floats without rounding
 _OPUS_RATE = 48_000  # Hz, at which every Opus stream is decoded
 _OPUS_MARGIN = 128  # samples around a window that resampling looks at: more than the filter's 6 zero crossings are wide
 _WAV_PCM = 1  # format tag; WAV of other forms is left to libsndfile
@@ -38,7 +38,7 @@ def crop_start(num_frames: int, window: int, seed: int | None, epoch: int, key: 
 
 
 def decode_window(audio: memoryview, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
-    """Fill `out` (float32 [window], in -1 .. 1) with the clip from `start` on, zeros behind its end.
+    """Fill `out` (int16 [window]) with the clip from `start` on, zeros behind its end.
 
     `audio` is a mono FLAC or WAV file of `sample_rate` Hz and `num_frames` samples, or Ogg Opus that comes to that when
     it is resampled; raises `AudioError` where not.
@@ -47,19 +47,19 @@ def decode_window(audio: memoryview, sample_rate: int, num_frames: int, start: i
     samples = _plain_pcm(audio, sample_rate)
     if samples is not None:
         _expect("frames", len(samples), num_frames)
-        np.multiply(samples[start : start + length], _INT16_SCALE, out=out[:length])
+        out[:length] = samples[start : start + length]
     else:
         _decode(audio, sample_rate, num_frames, start, out[:length])
-    out[length:] = 0.0
+    out[length:] = 0
 
 
 def decode_clip(audio: memoryview, sample_rate: int, num_frames: int) -> np.ndarray:
     """The whole clip, float32 [num_frames] in -1 .. 1; raises `AudioError` as `decode_window` does."""
     if num_frames > _MAX_CLIP_FRAMES:
         raise AudioError(f"it has {num_frames} frames, more than the {_MAX_CLIP_FRAMES} that are decoded at once")
-    samples = np.empty(num_frames, dtype=np.float32)
+    samples = np.empty(num_frames, dtype=np.int16)
     decode_window(audio, sample_rate, num_frames, 0, samples)
-    return samples
+    return samples * np.float32(INT16_SCALE)
 
 
 def _decode(audio: memoryview, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
@@ -76,12 +76,15 @@ def _decode(audio: memoryview, sample_rate: int, num_frames: int, start: int, ou
             _expect("Hz", file.samplerate, sample_rate)
             _expect("frames", file.frames, num_frames)
             file.seek(start)
-            found = len(file.read(dtype="float32", out=out))
+            if file.subtype == "PCM_16":
+                found = len(file.read(dtype="int16", out=out))
+            else:  # not of our making
+                decoded = file.read(len(out), dtype="float32")
+                found = len(decoded)
+                out[:found] = _to_int16(decoded)
     except (soundfile.SoundFileError, RuntimeError) as error:
         raise AudioError(f"it does not decode ({error})") from None
     _expect("frames in the window", found, len(out))
-    if not np.isfinite(out).all():
-        raise AudioError("it holds samples that are not finite")
 
 
 def _decode_opus(file: soundfile.SoundFile, sample_rate: int, num_frames: int, start: int, out: np.ndarray) -> None:
@@ -96,7 +99,14 @@ def _decode_opus(file: soundfile.SoundFile, sample_rate: int, num_frames: int, s
     decoded = file.read(int(last * ratio), dtype="float32")[int(first * ratio) :]
     resampled = _resample(decoded, ratio)[start - first : start - first + len(out)]
     _expect("frames in the window", len(resampled), len(out))
-    np.clip(resampled, -1.0, 1.0, out=out)  # lossy: a loud clip may come back a little louder
+    out[:] = _to_int16(resampled)
+
+
+def _to_int16(samples: np.ndarray) -> np.ndarray:
+    """[frames] int16 of floats; what is louder than full scale is clipped, as a lossy codec may make it."""
+    if not np.isfinite(samples).all():
+        raise AudioError("it holds samples that are not finite")
+    return np.clip(np.rint(samples / np.float32(INT16_SCALE)), -32768, 32767).astype(np.int16)
 
 
 def _resample(samples: np.ndarray, ratio: Fraction) -> np.ndarray:

@@ -14,7 +14,11 @@ class Batch:
     """B examples over C different clips (a clip that several examples share stands once)."""
 
     waveforms: torch.Tensor | None
-    """[C, S] float32 in -1 .. 1, zero-padded to the clip window; None where there are features."""
+    """[C, S] int16 (float32 in -1 .. 1 is taken too), zero-padded to the clip window; None where there are features.
+
+    Samples stay as they are stored until they are on the device: passing them on from a loader process costs more than
+    reading them, and half of it as 16-bit numbers.
+    """
     input_ids: torch.Tensor
     """[B, T] int64; the separator's id where audio tokens go; right-padded in training, left-padded for generation."""
     attention_mask: torch.Tensor

@@ -32,7 +32,7 @@ class Clips(Protocol):
 
 
 class WaveformClips:
-    """`waveforms` [C, S] float32 in -1 .. 1, zero-padded to the clip window."""
+    """`waveforms` [C, S] int16, zero-padded to the clip window."""
 
     def __init__(self, sampling_rate: int, clip_samples: int) -> None:
         """`sampling_rate` in Hz, of the shards; `clip_samples`: S."""
@@ -41,7 +41,7 @@ class WaveformClips:
 
     def buffer(self, num_clips: int) -> np.ndarray:
         """See `Clips.buffer`."""
-        return np.empty((num_clips, self.clip_samples), dtype=np.float32)
+        return np.empty((num_clips, self.clip_samples), dtype=np.int16)
 
     def fill(self, row: np.ndarray, sample: Sample, seed: int | None, epoch: int) -> None:
         """See `Clips.fill`."""

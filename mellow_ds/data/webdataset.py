@@ -71,7 +71,7 @@ def _read_shards(
     for source in sources:
         info = infos[source["url"]]
         path = folder / info.name
-        checksums = {row["key"].decode(): int(row["checksum"]) for row in read_index(folder, info)}
+        checksums = {row["key"].decode("ascii", "replace"): int(row["checksum"]) for row in read_index(folder, info)}
         num_samples = 0
         for sample in group_by_keys(_members(path)):
             audio, text = _audio_and_json(sample)

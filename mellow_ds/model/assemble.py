@@ -25,7 +25,13 @@ from mellow_ds.model.decoder import (
     load_decoder_tokenizer,
     load_named_tokenizer,
 )
-from mellow_ds.model.encoders import WaveformEncoder, build_encoder, check_encoder, count_audio_tokens, load_waveform_weights
+from mellow_ds.model.encoders import (
+    WaveformEncoder,
+    build_encoder,
+    check_encoder,
+    count_audio_tokens,
+    load_waveform_weights,
+)
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.model.published import load_pretrained_encoder
 from mellow_ds.model.tokenizer import END_OF_TEXT, train_tokenizer

@@ -99,6 +99,11 @@ class WaveformEncoder(nn.Module):
         return AudioFeatures(embeddings=frames)
 
 
+def as_floats(waveforms: torch.Tensor) -> torch.Tensor:
+    """Samples of 16 bits as floats in -1 .. 1, without rounding; floats as they are."""
+    return waveforms.float() / 32768 if waveforms.dtype == torch.int16 else waveforms
+
+
 def build_encoder(config: MellowEncoderConfig) -> nn.Module:
     """The untrained encoder that `config` describes."""
     return {HTSAT: HtsatEncoder, CNN14: Cnn14Encoder}.get(config.kind, WaveformEncoder)(config)

@@ -17,7 +17,7 @@ from mellow_ds.data.batch import IGNORE_INDEX
 from mellow_ds.errors import MellowError
 from mellow_ds.model.configuration import MellowConfig
 from mellow_ds.model.decoder import check_plain_head
-from mellow_ds.model.encoders import AudioFeatures, build_encoder, count_audio_tokens
+from mellow_ds.model.encoders import AudioFeatures, as_floats, build_encoder, count_audio_tokens
 from mellow_ds.model.projector import MellowProjector
 
 _MAX_NEW_TOKENS = 64  # default length of an answer; transformers' own default of 20 would cut descriptions
@@ -131,9 +131,9 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     # -- audio ---------------------------------------------------------------------------------------------------------
 
     def encode(self, waveforms: torch.Tensor) -> AudioFeatures:
-        """[C, S] float32 -> the encoder's features; without a graph where the encoder is frozen."""
+        """[C, S] int16, or floats in -1 .. 1 -> the encoder's features; without a graph where it is frozen."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_encoder):
-            return self.encoder(waveforms)
+            return self.encoder(as_floats(waveforms))
 
     def embed(
         self,

@@ -246,7 +246,7 @@ def test_7_a_pickle_in_place_of_audio_or_text_is_never_executed(tmp_path: Path, 
 def test_7_a_pickle_in_place_of_an_index_or_manifest_is_never_executed(tmp_path: Path) -> None:
     marker = tmp_path / "marker"
     objects = io.BytesIO()
-    np.save(objects, np.array([MakesMarker(marker)] * 4, dtype=object), allow_pickle=True)
+    np.save(objects, np.array([MakesMarker(marker)] * 4, dtype=object))
     archive = io.BytesIO()
     np.savez(archive, rows=np.zeros(4))
     for number, payload in enumerate((pickle.dumps(MakesMarker(marker)), objects.getvalue(), archive.getvalue(), b"")):

@@ -36,9 +36,7 @@ def check_on_two_ranks(world: World) -> None:
     sums.add(batch_of([], tokens), torch.zeros(()), torch.zeros(1))  # a batch without examples counts nothing
     num_tokens = sum(batch.num_answer_tokens for batch in batches.values())
     loss, kinds = sums.over_all_ranks(StepTotals(num_tokens, 5))
-    torch.testing.assert_close(
-        torch.tensor(kinds), torch.tensor(list(wanted.values())), rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(torch.tensor(kinds), torch.tensor(list(wanted.values())), rtol=1e-4, atol=1e-4)
     assert abs(loss - sum(total for total, _ in kinds) / num_tokens) < 1e-5
     assert kinds[3] == (0.0, 0.0)
 
