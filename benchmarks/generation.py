@@ -25,10 +25,7 @@ EXAMPLES = """examples:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    measuring.add_common_arguments(parser, rounds=4, batch_size=8)
+    parser = measuring.comparison_parser(__doc__, EXAMPLES, rounds=4, batch_size=8)
     parser.add_argument("--tokens", type=measuring.positive, default=32, help="tokens an answer (default 32)")
     options = parser.parse_args(arguments)
     if options.tokens < options.rounds:
@@ -125,24 +122,20 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def compared(options: argparse.Namespace, result: dict[str, Any]) -> measuring.Comparison:
+    """The table."""
+    return measuring.Comparison(
+        title=f"generation of {options.tokens} tokens, {options.batch_size} examples, {options.threads} threads",
+        header=("variant", "seconds", "times as fast (median)", "(slowest round)"),
+        seconds=result["answer_seconds"],
+        ratios=(result["times_as_fast"], result["times_as_fast_slowest_round"]),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the result."""
-    options = parse_arguments(arguments)
-    result = measure(options)
-    rows = [
-        [
-            name,
-            f"{value:.2f}",
-            f"{result['times_as_fast'].get(name, 1):.1f}",
-            f"{result['times_as_fast_slowest_round'].get(name, 1):.1f}",
-        ]
-        for name, value in result["answer_seconds"].items()
-    ]
-    print(f"generation of {options.tokens} tokens, {options.batch_size} examples, {options.threads} threads")
-    measuring.print_table(["variant", "seconds", "times as fast (median)", "(slowest round)"], rows)
-    if options.out:
-        about = measuring.context("generation.py", sys.argv[1:] if arguments is None else arguments, options.threads)
-        measuring.write_result(options.out, {"benchmark": "generation", **about, **result})
+    given = sys.argv[1:] if arguments is None else arguments
+    measuring.run_comparison("generation", given, parse_arguments(given), measure, compared)
 
 
 if __name__ == "__main__":

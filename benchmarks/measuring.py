@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -23,8 +24,21 @@ def positive(text: str) -> int:
     return number
 
 
-def add_common_arguments(parser: argparse.ArgumentParser, rounds: int, batch_size: int) -> None:
-    """The flags that all of these benchmarks take."""
+@dataclass(frozen=True)
+class Comparison:
+    """What a benchmark that compares variants prints: a line each, the baseline first."""
+
+    title: str
+    header: tuple[str, ...]  # variant, seconds, then one a ratio
+    seconds: Mapping[str, float]  # by variant
+    ratios: tuple[Mapping[str, float], ...]  # times as fast as the baseline, by variant; 1 where it is not named
+
+
+def comparison_parser(description: str, examples: str, rounds: int, batch_size: int) -> argparse.ArgumentParser:
+    """A command line with the flags that all benchmarks take which compare whole models."""
+    parser = argparse.ArgumentParser(
+        description=description, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the result here (benchmarks/results/NAME.json)")
     parser.add_argument("--threads", type=positive, default=num_cores(), help="CPU threads (default: all cores)")
     parser.add_argument("--rounds", type=positive, default=rounds, help=f"rounds (default {rounds})")
@@ -32,6 +46,27 @@ def add_common_arguments(parser: argparse.ArgumentParser, rounds: int, batch_siz
     parser.add_argument("--layers", type=positive, help="layers of the decoder (default 30, as SmolLM2-135M)")
     parser.add_argument("--tiny", action="store_true", help="minute networks: shows that it runs, measures nothing")
     parser.add_argument("--seed", type=int, default=0, help="of weights, lengths, tokens and noise (default 0)")
+    return parser
+
+
+def run_comparison(
+    name: str,
+    arguments: Sequence[str],
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], dict[str, Any]],
+    compared: Callable[[argparse.Namespace, dict[str, Any]], Comparison],
+) -> None:
+    """Measure, print the table, write the result: what is left of a benchmark called `name` once it has its options."""
+    result = measure(options)
+    shown = compared(options, result)
+    rows = [
+        [variant, f"{seconds:.2f}", *(f"{ratios.get(variant, 1):.2f}" for ratios in shown.ratios)]
+        for variant, seconds in shown.seconds.items()
+    ]
+    print(shown.title)
+    print_table(shown.header, rows)
+    if options.out:
+        write_result(options.out, {"benchmark": name, **context(f"{name}.py", arguments, options.threads), **result})
 
 
 def num_cores() -> int:
@@ -64,7 +99,7 @@ def context(script: str, arguments: Sequence[str], threads: int) -> dict[str, An
     """What a reader needs to repeat a measurement: hardware, versions, commit, command, date."""
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "commit": _commit(),
+        **_commit(),
         "command": " ".join(["python", f"benchmarks/{script}", *arguments]),
         "hardware": {"cpu": _cpu_name(), "cores": num_cores(), "threads": threads},
         "versions": {
@@ -111,15 +146,15 @@ def _cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), "unknown")
 
 
-def _commit() -> str:
-    """The commit of the checkout, with "+changes" where tracked files differ from it; "unknown" without git."""
+def _commit() -> dict[str, Any]:
+    """The commit of the checkout, and the tracked files that differ from it; "unknown" without git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
-        return done.stdout.strip()
+        return done.stdout
 
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+        changed = git("diff", "--name-only", "-z", "HEAD").split("\0")
+        return {"commit": git("rev-parse", "HEAD").strip(), "changed_files": [name for name in changed if name]}
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return {"commit": "unknown"}

@@ -122,7 +122,7 @@ def project_batch(
     return collate(
         rows,
         [[clips.index(clip) for clip in own] for own in heard],
-        waveforms[clips],
+        {"waveforms": waveforms[clips]},
         [str(number) for number in range(len(examples))],
         pad_id=END_ID,
         pad_left=for_generation,

@@ -22,11 +22,7 @@ EXAMPLES = """examples:
 
 def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    measuring.add_common_arguments(parser, rounds=5, batch_size=4)
-    return parser.parse_args(arguments)
+    return measuring.comparison_parser(__doc__, EXAMPLES, rounds=5, batch_size=4).parse_args(arguments)
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
@@ -148,24 +144,20 @@ def compare(seconds: dict[str, list[float]]) -> dict[str, Any]:
     }
 
 
+def compared(options: argparse.Namespace, result: dict[str, Any]) -> measuring.Comparison:
+    """The table."""
+    return measuring.Comparison(
+        title=f"train step, {options.batch_size} examples, {options.threads} threads, {options.rounds} rounds",
+        header=("variant", "median s", "times as fast (median)", "(total)"),
+        seconds=result["median_seconds"],
+        ratios=(result["times_as_fast_median"], result["times_as_fast_total"]),
+    )
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, print the table, write the result."""
-    options = parse_arguments(arguments)
-    result = measure(options)
-    rows = [
-        [
-            name,
-            f"{median:.2f}",
-            f"{result['times_as_fast_median'].get(name, 1):.2f}",
-            f"{result['times_as_fast_total'].get(name, 1):.2f}",
-        ]
-        for name, median in result["median_seconds"].items()
-    ]
-    print(f"train step, {options.batch_size} examples, {options.threads} threads, {options.rounds} rounds")
-    measuring.print_table(["variant", "median s", "times as fast (median)", "(total)"], rows)
-    if options.out:
-        about = measuring.context("train_step.py", sys.argv[1:] if arguments is None else arguments, options.threads)
-        measuring.write_result(options.out, {"benchmark": "train_step", **about, **result})
+    given = sys.argv[1:] if arguments is None else arguments
+    measuring.run_comparison("train_step", given, parse_arguments(given), measure, compared)
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class ExampleRow:
     """Where everything of one example stands."""
 
     input_ids: tuple[int, ...]  # [T]; the separator's id where audio tokens go
-    labels: tuple[int, ...]  # [T]; -100 where nothing is learned
+    num_answer_tokens: int  # the last so many of them are learned, end-of-text included
     clip_starts: tuple[int, ...]  # position of the first token of each clip
 
 
@@ -131,7 +131,7 @@ class Layout:
         return tuple(ids + prompt), tuple(starts)
 
     def example(self, num_clips: int, prompt_ids: Sequence[int], answer_ids: Sequence[int]) -> ExampleRow:
-        """The whole row: prefix, answer, end-of-text; labels on the last two. A cut answer ends without end-of-text."""
+        """The whole row: prefix, answer, end-of-text; the last two are learned. A cut answer has no end."""
         prefix, starts = self.prefix(num_clips, prompt_ids)
         answer = (*answer_ids, self.end_id)[: self.max_answer_tokens]
-        return ExampleRow((*prefix, *answer), (-100,) * len(prefix) + tuple(answer), starts)
+        return ExampleRow((*prefix, *answer), len(answer), starts)

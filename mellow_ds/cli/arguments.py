@@ -11,7 +11,7 @@ _EXAMPLES = """
 examples:
   python train.py --config quickstart --data.shards runs/quickstart/shards/train
   deepspeed --hostfile hosts train.py --config mellow --deepspeed_config ds_configs/zero2.json --train.batch_size 8
-  torchrun --nproc-per-node 2 train.py --config digits --train.max_steps 100
+  torchrun --nproc-per-node 2 train.py --config digits --train.max_steps 500
   python train.py --mode evaluate_checkpoint --checkpoint_path RUN/checkpoints/step-000200 --config quickstart
 
 exit codes: 0 done, 1 a fault, 2 a mistake in what was given, 85 stopped and saved (start again to go on),

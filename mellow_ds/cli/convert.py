@@ -5,6 +5,7 @@ from pathlib import Path
 
 from mellow_ds.cli.arguments import read_overrides
 from mellow_ds.config.load import load_run_config
+from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import EXIT_DONE, ConfigError
 
 _EXAMPLES = """
@@ -24,6 +25,19 @@ examples:
 
 def main(arguments: list[str], program: str) -> int:
     """Run the command; returns its exit code."""
+    options, config = parse_arguments(arguments, program)
+    if not options.from_mellow.is_file():
+        raise ConfigError(f"--from-mellow {options.from_mellow} is not there")
+    if options.out.exists() and any(options.out.iterdir()):
+        raise ConfigError(f"--out {options.out} is there and not empty: choose a new folder")
+    from mellow_ds.model.convert import convert_mellow
+
+    print(convert_mellow(options.from_mellow, options.out, config.model, config.data))
+    return EXIT_DONE
+
+
+def parse_arguments(arguments: list[str], program: str) -> tuple[argparse.Namespace, RunConfig]:
+    """The options, and the run configuration that names the decoder."""
     parser = argparse.ArgumentParser(
         prog=program,
         description="Write a checkpoint of the original Mellow as a model folder of this project.",
@@ -35,12 +49,4 @@ def main(arguments: list[str], program: str) -> int:
     parser.add_argument("--out", required=True, type=Path, help="folder to write")
     parser.add_argument("--config", default="mellow", help="recipe or YAML file that names the decoder")
     known, rest = parser.parse_known_args(arguments)
-    config = load_run_config(known.config, read_overrides(rest))
-    if not known.from_mellow.is_file():
-        raise ConfigError(f"--from-mellow {known.from_mellow} is not there")
-    if known.out.exists() and any(known.out.iterdir()):
-        raise ConfigError(f"--out {known.out} is there and not empty: choose a new folder")
-    from mellow_ds.model.convert import convert_mellow
-
-    print(convert_mellow(known.from_mellow, known.out, config.model, config.data))
-    return EXIT_DONE
+    return known, load_run_config(known.config, read_overrides(rest))

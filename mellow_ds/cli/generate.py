@@ -20,7 +20,7 @@ examples:
 
 def main(arguments: list[str], program: str) -> int:
     """Run the command; returns its exit code."""
-    options = _parser(program).parse_args(arguments)
+    options = parse_arguments(arguments, program)
     if bool(options.examples) == bool(options.audio and options.prompt):
         raise ConfigError("give --audio and --prompt for your own question, or --examples FILE.json")
     for path in options.audio or []:
@@ -50,7 +50,8 @@ def main(arguments: list[str], program: str) -> int:
     return EXIT_DONE
 
 
-def _parser(program: str) -> argparse.ArgumentParser:
+def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(
         prog=program,
         description="Answer a question about one or more audio files.",
@@ -64,7 +65,7 @@ def _parser(program: str) -> argparse.ArgumentParser:
     parser.add_argument("--audio-root", type=Path, default=Path(), help="folder that the JSON's paths are relative to")
     parser.add_argument("--num-examples", type=int, default=3, help="questions taken from --examples (default 3)")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="longest answer, in tokens (default 64)")
-    return parser
+    return parser.parse_args(arguments)
 
 
 def _spread(path: Path, number: int) -> "list[Record]":

@@ -17,18 +17,7 @@ examples:
 
 def main(arguments: list[str], program: str) -> int:
     """Run the command; returns its exit code."""
-    parser = argparse.ArgumentParser(
-        prog=program,
-        description="Show the newest evaluation of a run, its speed, and where its files are.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("run", type=Path, help="run folder (save_dir)")
-    parser.add_argument(
-        "--require-hearing", action="store_true",
-        help="end with code 1 unless the accuracy with audio is clearly above the one with silence",
-    )  # fmt: skip
-    options = parser.parse_args(arguments)
+    options = parse_arguments(arguments, program)
     from mellow_ds.evaluation.results import format_results
 
     path = newest_results(options.run)
@@ -41,6 +30,22 @@ def main(arguments: list[str], program: str) -> int:
         print("the model does not clearly use the audio: its accuracy is not above the one with silence")
         return EXIT_FAULT
     return EXIT_DONE
+
+
+def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog=program,
+        description="Show the newest evaluation of a run, its speed, and where its files are.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("run", type=Path, help="run folder (save_dir)")
+    parser.add_argument(
+        "--require-hearing", action="store_true",
+        help="end with code 1 unless the accuracy with audio is clearly above the one with silence",
+    )  # fmt: skip
+    return parser.parse_args(arguments)
 
 
 def newest_results(run: Path) -> Path:

@@ -55,12 +55,14 @@ def train(config: RunConfig, world: World, device: torch.device, stop: StopReque
     """Train (or go on) as the configuration says; returns the exit code."""
     folder = Path(config.save_dir)
     reader = ShardReader.from_config(config.data.train_shards, config.data)
-    parts = _build_parts(config, reader, folder, world)
     checkpoints = CheckpointStore(
-        folder / "checkpoints", config.train.keep_checkpoints, world, agreement(device), parts.describe
-    )
+        folder / "checkpoints", config.train.keep_checkpoints, world, agreement(device),
+        describe=lambda step_folder: parts.describe(step_folder),  # made below: they depend on what is found
+    )  # fmt: skip
     resumed = _find_resumed(config, checkpoints, world, device)
-    _load_start(config, parts.model, resumed, reader)
+    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
+    parts = _build_parts(config, reader, folder, world, load_pretrained=start_from is None)
+    _load_start(parts.model, start_from, reader)
     torch.manual_seed(config.train.seed * 100_003 + world.rank)  # dropout differs by rank, and follows from the seed
 
     plan = BatchPlan.from_config(config.train, world)
@@ -97,18 +99,15 @@ def train(config: RunConfig, world: World, device: torch.device, stop: StopReque
     return exit_code
 
 
-def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World) -> _Parts:
+def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World, load_pretrained: bool) -> _Parts:
     tokenizer = _shared_tokenizer(config, reader, folder / "tokenizer", world)
-    model = build_model(config.model, config.data, tokenizer, config.train.seed)
+    model = build_model(config.model, config.data, tokenizer, config.train.seed, load_pretrained)
     layout = build_layout(config.model, config.data, tokenizer, model.num_audio_tokens)
     return _Parts(model, tokenizer, layout, build_processor(model, tokenizer, layout))
 
 
-def _load_start(
-    config: RunConfig, model: MellowForConditionalGeneration, resumed: Path | None, reader: ShardReader
-) -> None:
+def _load_start(model: MellowForConditionalGeneration, start_from: Path | None, reader: ShardReader) -> None:
     """Load the weights that the run goes on from or starts from; features must be those of the encoder in them."""
-    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
     if start_from:
         load_model_weights(model, start_from)
     if reader.features is not None:

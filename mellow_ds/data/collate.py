@@ -34,18 +34,20 @@ def collate(
         filled = slice(first, first + len(row.input_ids))
         input_ids[number, filled] = row.input_ids
         attention_mask[number, filled] = 1
-        labels[number, filled] = row.labels
+        learned = slice(filled.stop - row.num_answer_tokens, filled.stop)
+        labels[number, learned] = input_ids[number, learned]
         starts = [first + start for start in row.clip_starts]
         placements += [(number, start, index) for start, index in zip(starts, indices, strict=True)]
-    clip_row, clip_start, clip_index = torch.tensor(placements, dtype=torch.int64).reshape(-1, 3).unbind(1)
+    # by numpy: torch takes 0.3 ms for the same three columns
+    clip_row, clip_start, clip_index = np.array(placements, dtype=np.int64).reshape(-1, 3).T.copy()
     return Batch(
         **{"waveforms": None, **audio},
         input_ids=torch.from_numpy(input_ids),
         attention_mask=torch.from_numpy(attention_mask),
         labels=torch.from_numpy(labels),
-        clip_row=clip_row.contiguous(),
-        clip_start=clip_start.contiguous(),
-        clip_index=clip_index.contiguous(),
+        clip_row=torch.from_numpy(clip_row),
+        clip_start=torch.from_numpy(clip_start),
+        clip_index=torch.from_numpy(clip_index),
         example_ids=tuple(example_ids),
         kinds=None if kinds is None else torch.tensor(kinds, dtype=torch.int64),
     )
@@ -54,7 +56,7 @@ def collate(
 def prompt_row(layout: Layout, num_clips: int, prompt_ids: Sequence[int]) -> ExampleRow:
     """A row that ends where the answer begins; nothing in it is learned."""
     ids, starts = layout.prefix(num_clips, prompt_ids)
-    return ExampleRow(ids, (IGNORE_INDEX,) * len(ids), starts)
+    return ExampleRow(ids, 0, starts)
 
 
 def empty_batch(layout: Layout, silence: Mapping[str, torch.Tensor]) -> Batch:

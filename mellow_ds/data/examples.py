@@ -173,8 +173,8 @@ class BatchBuilder:
             row, in_sample = self.reader.locate(shard, number)
             sample = reading.sample(shard, row)
             question = sample.question(in_sample)
-            rows = self.reader.rows_of(shard, question, sample)
-            samples: list[Sample | None] = [reading.sample(shard, row) for row in rows]
+            rows = self.reader.rows_of(shard, question, sample, row)
+            samples: list[Sample | None] = [reading.sample(shard, each) for each in rows]
             if self.layout.num_clips:
                 samples += self._distractors(reading, shard, question, rows, epoch)
         except BadSampleError as error:

@@ -114,6 +114,7 @@ class _EpochTable:
     shard_starts: np.ndarray  # [shards + 1] first example of each place, counted over the windows in full
     window_starts: np.ndarray  # [windows + 1] first example of each window, counted so
     block_starts: np.ndarray  # [windows + 1] sequence index of the first of the window's whole blocks
+    window_keys: np.ndarray  # [windows] what permutes the examples of each window
     rest_starts: np.ndarray  # [windows + 1] sequence index of the first of the examples that it has over
     blocks: dict[int, np.ndarray]  # by window: the newest tables of blocks
 
@@ -126,7 +127,9 @@ class _EpochTable:
         sizes = np.diff(window_starts)
         over = sizes % order.block_size
         block_starts = _starts(sizes - over)
-        return cls(shards, shard_starts, window_starts, block_starts, block_starts[-1] + _starts(over), {})
+        keys = _key(order.seed, epoch, _EXAMPLES, np.arange(len(sizes)))
+        rest_starts = block_starts[-1] + _starts(over)
+        return cls(shards, shard_starts, window_starts, block_starts, keys, rest_starts, {})
 
 
 @dataclass(frozen=True)
@@ -258,8 +261,9 @@ def _examples_at(order: Order, epoch: int, places: np.ndarray) -> np.ndarray:
         places = _in_blocks(order, epoch, table, places)
     else:
         window = np.searchsorted(table.window_starts, places, side="right") - 1
-        first, size = table.window_starts[window], np.diff(table.window_starts)[window]
-        places = first + permute(places - first, size, _key(order.seed, epoch, _EXAMPLES, window))
+        first = table.window_starts[window]
+        size = table.window_starts[window + 1] - first
+        places = first + permute(places - first, size, table.window_keys[window])
     place = np.searchsorted(table.shard_starts, places, side="right") - 1
     return np.stack([order.first_shard + table.shards[place], places - table.shard_starts[place]], axis=1)
 

@@ -99,15 +99,16 @@ class Sample:
     def question(self, number: int) -> Question:
         """One of its questions; the others are not decoded. Raises `BadSampleError`."""
         try:
-            return self._text.question(number, "")
+            text: SampleText | None = self.__dict__.get("_text")
+            if text is None:  # by hand: the lock of cached_property takes a third of the time of decoding
+                text = SampleText.from_json(self.text, "")
+                self._check(text)
+                self.__dict__["_text"] = text
+            return text.question(number, "")
+        except BadSampleError:
+            raise
         except ShardError as error:
             raise BadSampleError(self.place, "json", str(error).removeprefix(": ")) from None
-
-    @cached_property
-    def _text(self) -> SampleText:
-        text = SampleText.from_json(self.text, "")
-        self._check(text)
-        return text
 
     def _check(self, found: SampleInfo | SampleText) -> None:
         if (found.key, found.num_frames, len(found.questions)) != (self.place.key, self.num_frames, self.num_questions):
@@ -231,9 +232,10 @@ class ShardReader:
         row = bisect_right(starts, question) - 1
         return row, question - starts[row]
 
-    def rows_of(self, shard: int, question: Question, sample: Sample) -> tuple[int, ...]:
-        """Rows of the clips of a question that `sample` holds, in the order of the sequence."""
-        return tuple([self._row(shard, key, sample) for key in question.clips])
+    def rows_of(self, shard: int, question: Question, sample: Sample, row: int) -> tuple[int, ...]:
+        """Rows of the clips of a question that `sample` in `row` holds, in the order of the sequence."""
+        own = sample.place.key
+        return tuple([row if key == own else self._row(shard, key, sample) for key in question.clips])
 
     def sample(self, shard: int, row: int) -> Sample:
         """Read a sample and check it; raises `BadSampleError` naming shard, key and offset.

@@ -6,6 +6,7 @@ whole, a build that fails leaves an earlier one as it was, and a killed build go
 
 import errno
 import fcntl
+import logging
 import os
 import re
 import shutil
@@ -29,6 +30,8 @@ from mellow_ds.shard_format import (
 )
 
 REJECTED_NAME = "rejected.jsonl"
+_WITHOUT_LOCKS = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}  # some NFS
+_log = logging.getLogger("mellow_ds.packing")
 _WORK_NAME = ".build"
 _SHARD_PATTERN = re.compile(r"shard-\d{6,}\.(tar|index\.npy)")
 
@@ -60,8 +63,10 @@ class OutputFolder:
             raise PackingError(
                 f"another build is writing into {self.path}: wait for it, or give another --out"
             ) from None
-        except OSError:
-            pass  # a file system without locks (some NFS): two builds at once are then the user's to avoid
+        except OSError as error:
+            if error.errno not in _WITHOUT_LOCKS:
+                raise
+            _log.warning("%s is on a file system without locks: see that no other build writes into it", self.path)
 
     @contextmanager
     def _explain_errors(self) -> Iterator[None]:

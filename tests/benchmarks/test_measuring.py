@@ -1,6 +1,8 @@
 """Turns, the result file and the table."""
 
 import json
+import re
+import subprocess
 
 import measuring
 import pytest
@@ -30,7 +32,31 @@ def test_the_context_says_how_to_repeat_it():
     assert about["hardware"]["cpu"]
     assert {"python", "torch", "torchaudio", "transformers"} == set(about["versions"])
     assert about["date"].endswith("+00:00")
-    assert about["commit"]
+    assert about["commit"] == "unknown" or re.fullmatch(r"[0-9a-f]{40}", about["commit"])
+
+
+def test_the_commit_stands_alone_and_what_differs_from_it_beside(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.run(
+            ["git", "-C", tmp_path, *identity, *arguments], capture_output=True, text=True, check=True
+        )
+
+    monkeypatch.setattr(measuring, "ROOT", tmp_path)
+    assert measuring.context("x.py", [], 1)["commit"] == "unknown"  # no checkout
+    git("init", "-q")
+    for name in ("kept.py", "a file.py", "removed.py"):
+        (tmp_path / name).write_text("1")
+    git("add", "-A")
+    git("commit", "-qm", "all")
+    head = git("rev-parse", "HEAD").stdout.strip()
+    about = measuring.context("x.py", [], 1)
+    assert (about["commit"], about["changed_files"]) == (head, [])
+    (tmp_path / "a file.py").write_text("2")
+    (tmp_path / "removed.py").unlink()
+    (tmp_path / "untracked.py").write_text("3")
+    about = measuring.context("x.py", [], 1)
+    assert (about["commit"], about["changed_files"]) == (head, ["a file.py", "removed.py"])
 
 
 def test_the_table_is_markdown_with_aligned_columns(capsys):

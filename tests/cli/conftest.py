@@ -1,18 +1,15 @@
-"""A tiny corpus of sounds, packed, for runs of the real commands."""
+"""A tiny corpus of sounds, packed, and a run on it that nothing disturbed."""
 
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.cli.runs import ROOT, environment
+from tests.cli.runs import TINY, by_deepspeed, launched
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with `train` and `test` shards of 16 and 6 short sounds."""
+    """Folder with `train` and `test` shards of 16 and 6 short sounds, and the corpus that they were packed from."""
     from mellow_ds.packing.build import build_shards
     from mellow_ds.packing.synthesis.corpus import synthesize
 
@@ -23,14 +20,13 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def command() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run a command of the project as a process, with a deadline; its output is text."""
-
-    def run(*arguments: object, seconds: float = 400, **env: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *map(str, arguments)], capture_output=True, text=True, timeout=seconds, cwd=ROOT,
-            env=environment(**env), check=False,
-        )  # fmt: skip
-
+@pytest.fixture(scope="session")
+def straight(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of six steps on two ranks by DeepSpeed's launcher, ZeRO-2, that nothing disturbed. Copy it to change it."""
+    run = tmp_path_factory.mktemp("straight")
+    result = launched(
+        by_deepspeed("--config", "quickstart", "--deepspeed_config", "ds_configs/zero2.json",
+                     "--data.shards", shards / "train", "--save-dir", run, *TINY)
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr[-3000:]
     return run

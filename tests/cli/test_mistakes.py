@@ -37,8 +37,8 @@ def test_unknown_recipe_and_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_missing_shards_name_the_command_that_makes_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    line = refused(capsys, "--config", "digits", "--data.datafiles", "a.json", "--data.datapath", "audio")
-    assert "mellow-shards build --json a.json --audio-root audio --out SHARDS" in line
+    line = refused(capsys, "--config", "digits", "--data.datafiles", "a.json")
+    assert "mellow-shards build --json a.json --audio-root AUDIO_FOLDER --out SHARDS" in line
     missing = tmp_path / "none"
     assert f"shard folder {missing} is not there" in refused(capsys, "--config", "digits", "--data.shards", missing)
 

@@ -1,17 +1,13 @@
 """SmolLM2-135M from the GGUF file of a package, with a full-size untrained HTSAT: two ranks, ZeRO-2, stop, resume."""
 
 import importlib.util
-import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from mellow_ds.monitor.metrics import read_metrics
-from tests.cli.runs import two_ranks
-
-Run = Callable[..., subprocess.CompletedProcess[str]]
+from tests.cli.runs import forked
 
 
 @pytest.fixture(scope="module")
@@ -26,18 +22,18 @@ def gguf_file() -> Path:
 @pytest.mark.slow
 @pytest.mark.pretrained
 @pytest.mark.timeout(1000)
-def test_mellow_recipe_trains_stops_and_resumes(gguf_file: Path, shards: Path, tmp_path: Path, command: Run) -> None:
-    arguments = two_ranks(
+def test_mellow_recipe_trains_stops_and_resumes(gguf_file: Path, shards: Path, tmp_path: Path) -> None:
+    arguments = [
         "--config", "mellow", "--data.shards", shards / "train", "--save-dir", tmp_path,
         "--deepspeed_config", "ds_configs/zero2.json", "--model.decoder.text_decoder", gguf_file,
         "--train.batch_size", 1, "--train.max_steps", 4, "--train.num_workers", 0, "--train.log_every_steps", 1,
         "--train.keep_checkpoints", 1, "--train.learning_rate", 1e-4, "--data.segment_seconds", 2,
-    )  # fmt: skip
-    first = command(*arguments, "--train.stop_at_step", 2, seconds=450)
-    assert first.returncode == 0, first.stderr[-3000:]
-    second = command(*arguments, seconds=450)
-    assert second.returncode == 0, second.stderr[-3000:]
-    assert "going on from" in second.stderr
+    ]  # fmt: skip
+    for first in forked("train.py", *arguments, "--train.stop_at_step", 2, num_ranks=2, seconds=450):
+        assert first.returncode == 0, first.stderr[-3000:]
+    main, other = forked("train.py", *arguments, num_ranks=2, seconds=450)
+    assert (main.returncode, other.returncode) == (0, 0), main.stderr[-3000:] + other.stderr[-3000:]
+    assert "going on from" in main.stderr
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "step"]
     assert len(losses) == 4
     assert losses[-1] < losses[0]

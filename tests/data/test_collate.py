@@ -8,8 +8,8 @@ from mellow_ds.data.collate import collate, empty_batch, prompt_row
 from mellow_ds.prompt import ExampleRow
 
 ROWS = [
-    ExampleRow((0, 0, 5, 6, 7), (-100, -100, -100, 6, 7), (0,)),
-    ExampleRow((0, 0, 0, 0, 5, 6, 7, 8), (-100,) * 5 + (6, 7, 8), (0, 2)),
+    ExampleRow((0, 0, 5, 6, 7), 2, (0,)),
+    ExampleRow((0, 0, 0, 0, 5, 6, 7, 8), 3, (0, 2)),
 ]
 
 

@@ -47,7 +47,7 @@ def test_samples_and_questions_are_those_written(tmp_path: Path, codec: str) -> 
             others, prompt, answer = clips[row].questions[in_sample]
             assert sample.place.key == clips[row].key
             assert (question.clips, question.input, question.answer) == ((clips[row].key, *others), prompt, answer)
-            found = [reader.sample(shard, each).place.key for each in reader.rows_of(shard, question, sample)]
+            found = [reader.sample(shard, each).place.key for each in reader.rows_of(shard, question, sample, row)]
             assert tuple(found) == question.clips
 
 
@@ -133,7 +133,7 @@ def test_a_question_about_a_clip_that_is_not_there_is_named(tmp_path: Path) -> N
     reader = ShardReader([write_shards(tmp_path / "s", [clips])], RATE)
     sample = reader.sample(0, 0)
     with pytest.raises(BadSampleError, match=f"names the clip {clip_key('gone')}, which is not in this shard"):
-        reader.rows_of(0, sample.info.questions[0], sample)
+        reader.rows_of(0, sample.info.questions[0], sample, 0)
 
 
 def test_wrong_folders_and_rates_are_refused_by_name(shards: Path, tmp_path: Path) -> None:

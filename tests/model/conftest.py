@@ -94,7 +94,10 @@ def lay_out(layout, tokenizer, waveforms) -> Callable[..., Batch]:
                 rows.append((ids, (-100,) * len(ids), starts))
             else:
                 row = layout.example(len(clips), prompt_ids, encode_answer(tokenizer, answer))
-                rows.append((row.input_ids, row.labels, row.clip_starts))
+                labels = (-100,) * (len(row.input_ids) - row.num_answer_tokens) + row.input_ids[
+                    -row.num_answer_tokens :
+                ]
+                rows.append((row.input_ids, labels, row.clip_starts))
         longest = max(len(ids) for ids, _, _ in rows)
 
         def pad(values, filler):

@@ -204,7 +204,7 @@ def _read_samples(folder: Path) -> None:
             with contextlib.suppress(MellowError):
                 sample = reader.sample(shard, row)
                 for question in sample.info.questions:
-                    reader.rows_of(shard, question, sample)
+                    reader.rows_of(shard, question, sample, row)
                 decode_clip(sample.audio, RATE, sample.num_frames)
         with contextlib.suppress(MellowError):
             list(reader.infos(shard))
