@@ -315,14 +315,15 @@ def first_batch(folder: Path, step: int) -> None:
 
 def _parse() -> Any:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, metavar="FILE", help="default: benchmarks/results/data_stream.json")
+    result = measuring.ROOT / "benchmarks" / "results" / "data_stream.json"
+    parser.add_argument("--out", type=Path, default=result, metavar="FILE", help=f"default: {result.name} in results/")
     parser.add_argument(
         "--folder", type=Path, metavar="DIR", help="where the corpus is made and removed (default: TMP)"
     )
     parser.add_argument("--clips", type=measuring.positive, default=120, help="of 10 s (default: 120, 210 MB as WAV)")
     parser.add_argument("--rounds", type=measuring.positive, default=5, help="default: 5")
     parser.add_argument("--batches", type=measuring.positive, default=1, help="least batches of a turn (default: 1)")
-    parser.add_argument("--batch-size", type=measuring.positive, default=16, help="examples (default: 16)")
+    parser.add_argument("--batch-size", type=measuring.positive, default=32, help="examples (default: 32)")
     parser.add_argument("--seconds", type=float, default=1.0, help="CPU-seconds of a turn, about (default: 1)")
     parser.add_argument("--workers", type=measuring.positive, default=2, help="processes that pack (default: 2)")
     parser.add_argument("--many-shards", type=measuring.positive, default=10_000, help="default: 10000")

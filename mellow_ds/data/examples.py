@@ -6,7 +6,7 @@ Everything random here is a function of (seed, epoch, example or clip); with see
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -84,8 +84,7 @@ class LoadedBatch:
         return LoadedBatch(self.batch.pin_memory(), self.examples, self.stats)
 
 
-@dataclass(frozen=True)
-class _Found:
+class _Found(NamedTuple):
     """An example as it was read: texts and compressed clips."""
 
     question: Question
@@ -174,7 +173,7 @@ class BatchBuilder:
             sample = reading.sample(shard, row)
             question = sample.question(in_sample)
             rows = self.reader.rows_of(shard, question, sample, row)
-            samples: list[Sample | None] = [reading.sample(shard, each) for each in rows]
+            samples: list[Sample | None] = [sample if each == row else reading.sample(shard, each) for each in rows]
             if self.layout.num_clips:
                 samples += self._distractors(reading, shard, question, rows, epoch)
         except BadSampleError as error:

@@ -174,15 +174,17 @@ def examples_of_rank(
     first = step_in_epoch * global_batch_size
     last = min(first + global_batch_size, epochs.num_examples)
     own = rank_slice(last - first, rank, world_size)
-    found, start = [np.empty((0, 3), dtype=np.int64)], 0
+    found, start = np.empty((own.stop - own.start, 3), dtype=np.int64), 0
     for piece in epochs.pieces(epoch, first, last):
         places = np.sort(_sequence_index(piece.order, np.arange(piece.first, piece.last)))
-        places = places[max(own.start - start, 0) : max(own.stop - start, 0)]
-        start += piece.last - piece.first
+        first_own = max(own.start - start, 0)
+        places = places[first_own : max(own.stop - start, 0)]
         if len(places):
-            examples = _examples_at(piece.order, piece.epoch, places)
-            found.append(np.insert(examples, 2, piece.epoch, axis=1))
-    return np.concatenate(found)
+            rows = found[start + first_own - own.start :][: len(places)]
+            rows[:, 0], rows[:, 1] = _examples_at(piece.order, piece.epoch, places)
+            rows[:, 2] = piece.epoch
+        start += piece.last - piece.first
+    return found
 
 
 def rank_slice(num_examples: int, rank: int, world_size: int) -> slice:
@@ -251,11 +253,11 @@ def _sequence_index(order: Order, positions: np.ndarray) -> np.ndarray:
     return np.where(positions < run_length * order.num_runs, in_run, positions)
 
 
-def _examples_at(order: Order, epoch: int, places: np.ndarray) -> np.ndarray:
-    """[n, 2] (shard of the run, question number in it) at places of the epoch's sequence."""
+def _examples_at(order: Order, epoch: int, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """[n] shard of the run and [n] question number in it, at places of the epoch's sequence."""
     if not order.shuffle:
         shard = np.searchsorted(order._question_starts, places, side="right") - 1
-        return np.stack([order.first_shard + shard, places - order._question_starts[shard]], axis=1)
+        return order.first_shard + shard, places - order._question_starts[shard]
     table = order._epoch(epoch)
     if order.block_size > 1:
         places = _in_blocks(order, epoch, table, places)
@@ -265,7 +267,7 @@ def _examples_at(order: Order, epoch: int, places: np.ndarray) -> np.ndarray:
         size = table.window_starts[window + 1] - first
         places = first + permute(places - first, size, table.window_keys[window])
     place = np.searchsorted(table.shard_starts, places, side="right") - 1
-    return np.stack([order.first_shard + table.shards[place], places - table.shard_starts[place]], axis=1)
+    return order.first_shard + table.shards[place], places - table.shard_starts[place]
 
 
 def _in_blocks(order: Order, epoch: int, table: _EpochTable, places: np.ndarray) -> np.ndarray:

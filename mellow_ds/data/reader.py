@@ -46,8 +46,7 @@ _MAX_GAP_BYTES = 4096  # members of a sample are read at once when no more than 
 Value = TypeVar("Value")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a sample stands, for messages."""
 
     shard: str  # path of the tar
