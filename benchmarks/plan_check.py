@@ -3,7 +3,7 @@
 Small shards are built for each codec; a bare loop over `BatchBuilder` measures what an example costs on one core; then
 the real `TrainStream` is read with 0, 1 and 2 loader processes, each in a process of its own, as a trainer would, by
 a consumer that does nothing. Beside what is measured stands what the plan says: from that cost, and from the rates that
-it ships with (mellow_ds/packing/plan_rates.py). The files are in the page cache.
+it ships with (mellow_ds/packing/planning/rates.py). The files are in the page cache.
 """
 
 import argparse
@@ -157,7 +157,7 @@ def bare_loop(reader: Any, tokenizer: Any, layout: Any, data: Any, batch_size: i
 
 def predict(folder: Path, codec: str, workers: int, batch_size: int, rate: float) -> dict[str, float]:
     """What the plan says; `rate` examples a CPU-second, 0: the rates that it ships with."""
-    from mellow_ds.packing.plan import Cluster, Demand, corpus_of_folder, make_plan
+    from mellow_ds.packing.planning.plan import Cluster, Demand, corpus_of_folder, make_plan
 
     corpus, _ = corpus_of_folder(folder)
     cluster = Cluster(workers=workers, disk=LOCAL_DISK)

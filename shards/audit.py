@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mellow_ds.errors import EXIT_DONE, EXIT_USER, PackingError
-from mellow_ds.packing.audit_settings import DEFAULT_DROP, KINDS, AuditSettings
+from mellow_ds.packing.audit.settings import DEFAULT_DROP, KINDS, AuditSettings
 from shards.command import Commands, add_command, add_workers, num_workers
 
 _EXAMPLES = f"""Looks at coverage by subtype and split; damaged, near-silent, clipped and duplicate audio;
@@ -90,8 +90,8 @@ def _run(options: argparse.Namespace) -> int:
         op_text_len=options.op_text_len,
         tokenizer=options.tokenizer,
     )
-    from mellow_ds.packing.audit import audit_shards
-    from mellow_ds.packing.audit_report import format_report, write_drop_list, write_json
+    from mellow_ds.packing.audit.findings import audit_shards
+    from mellow_ds.packing.audit.report import format_report, write_drop_list, write_json
 
     report = audit_shards(folders, settings, num_workers(options), progress=True)
     if options.json:

@@ -32,12 +32,12 @@ def add_parser(commands: Commands) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mellow_ds.packing.summary import format_summary, summarize
+    from mellow_ds.packing.inspection.summary import format_summary, summarize
 
     summary = summarize(options.folder, max(options.levels, 0), progress=True)
     print(format_summary(options.folder, summary))
     if options.plot:
-        from mellow_ds.packing.summary_plot import plot_summary
+        from mellow_ds.packing.inspection.plot import plot_summary
 
         plot_summary(options.folder, summary, options.plot)
         print(f"\n{options.plot} shows it")

@@ -47,7 +47,7 @@ def add_parser(commands: Commands) -> None:
 def _run(options: argparse.Namespace) -> int:
     given = {setting.name: vars(options)[setting.name] for setting in fields(MergeSettings) if setting.name in options}
     settings = MergeSettings(**given, progress=True)
-    from mellow_ds.packing.merge import run_merge
+    from mellow_ds.packing.parts.merge import run_merge
 
     report = run_merge(options.parts, options.out, settings)
     print(describe_report(report, f"is joined from {len(options.parts)} parts"))

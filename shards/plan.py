@@ -9,7 +9,7 @@ from mellow_ds.errors import EXIT_DONE, PackingError
 from shards.command import Commands, add_command
 
 if TYPE_CHECKING:
-    from mellow_ds.packing.plan import CorpusSize
+    from mellow_ds.packing.planning.plan import CorpusSize
 
 _EXAMPLES = """The corpus is given by its numbers, or by a shard folder that is there. Decoding rates are of one core
 of an AMD EPYC; --examples-per-cpu-second is for another machine or corpus (benchmarks/plan_check.py measures it).
@@ -73,8 +73,8 @@ def _add_reading(group: argparse._ArgumentGroup) -> None:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from mellow_ds.packing.plan import Cluster, Demand, make_plan
-    from mellow_ds.packing.plan_report import format_plan, plan_as_json
+    from mellow_ds.packing.planning.plan import Cluster, Demand, make_plan
+    from mellow_ds.packing.planning.report import format_plan, plan_as_json
 
     corpus, codec = _corpus(options)
     cluster = Cluster(
@@ -115,7 +115,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _corpus(options: argparse.Namespace) -> tuple["CorpusSize", str]:
     """(size, codec) of the corpus that the options name."""
-    from mellow_ds.packing.plan import CorpusSize, corpus_of_folder
+    from mellow_ds.packing.planning.plan import CorpusSize, corpus_of_folder
 
     numbers = {"--clips": options.clips, "--seconds": options.seconds, "--questions": options.questions}
     if options.folder:

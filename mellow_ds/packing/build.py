@@ -22,7 +22,7 @@ import mellow_ds
 from mellow_ds.errors import PackingError, ShardError
 from mellow_ds.packing.build_input import BuildInput, describe_sources, differences, read_input
 from mellow_ds.packing.folder import REJECTED_NAME, OutputFolder, renumbered
-from mellow_ds.packing.parts import part_folder
+from mellow_ds.packing.parts.split import part_folder
 from mellow_ds.packing.question_set import QuestionSet, gather_questions
 from mellow_ds.packing.records import Rejection
 from mellow_ds.packing.report import Report, check_rejected_share

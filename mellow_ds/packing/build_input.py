@@ -8,7 +8,7 @@ from typing import Any
 import mellow_ds
 from mellow_ds.errors import PackingError
 from mellow_ds.packing.drop_list import DropList, read_drop_list
-from mellow_ds.packing.parts import read_graph, read_part, split_paths
+from mellow_ds.packing.parts.split import read_graph, read_part, split_paths
 from mellow_ds.packing.records import RecordSet, read_records
 from mellow_ds.packing.settings import BuildSettings
 from mellow_ds.packing.survey import Listing, list_sources

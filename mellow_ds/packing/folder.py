@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mellow_ds.errors import FaultError, PackingError, ShardError
-from mellow_ds.packing.shard_copy import file_sha256
+from mellow_ds.packing.parts.shard_copy import file_sha256
 from mellow_ds.packing.shard_file import published
 from mellow_ds.packing.shard_plan import shard_name
 from mellow_ds.packing.write import ShardNote, note_path, read_note

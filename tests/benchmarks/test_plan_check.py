@@ -5,7 +5,7 @@ from pathlib import Path
 import plan_check
 import pytest
 
-from mellow_ds.packing.plan import corpus_of_folder
+from mellow_ds.packing.planning.plan import corpus_of_folder
 
 
 @pytest.fixture(scope="module")

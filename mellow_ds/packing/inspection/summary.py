@@ -11,7 +11,7 @@ import numpy as np
 from tqdm import tqdm
 
 from mellow_ds.errors import ShardError
-from mellow_ds.packing.levels import measure_levels, to_dbfs
+from mellow_ds.packing.inspection.levels import measure_levels, to_dbfs
 from mellow_ds.packing.settings import OPUS_SAMPLE_RATE
 from mellow_ds.packing.verify import DamagedSample, decode_member, read_member, read_sample
 from mellow_ds.prompt import render_question

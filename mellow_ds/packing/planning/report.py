@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from mellow_ds.packing.plan import GIGABYTE, MEGABYTE, Plan
+from mellow_ds.packing.planning.plan import GIGABYTE, MEGABYTE, Plan
 
 
 def format_plan(plan: Plan) -> str:

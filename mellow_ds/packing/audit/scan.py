@@ -15,9 +15,9 @@ import xxhash
 
 from mellow_ds.errors import ShardError
 from mellow_ds.multiple_choice import parse_options, read_option
-from mellow_ds.packing.audit_settings import AuditSettings
-from mellow_ds.packing.levels import measure_levels
-from mellow_ds.packing.text_length import answer_lengths, prompt_lengths
+from mellow_ds.packing.audit.settings import AuditSettings
+from mellow_ds.packing.inspection.levels import measure_levels
+from mellow_ds.packing.inspection.text_length import answer_lengths, prompt_lengths
 from mellow_ds.packing.verify import DamagedSample, decode_member, read_sample
 from mellow_ds.prompt import PHRASINGS, render_question
 from mellow_ds.shard_format import (

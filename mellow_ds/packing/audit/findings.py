@@ -12,11 +12,11 @@ import numpy as np
 from tqdm import tqdm
 
 from mellow_ds.errors import PackingError
-from mellow_ds.packing.audit_scan import ShardNotes, ShardTask, merge_notes, scan_shard
-from mellow_ds.packing.audit_settings import KINDS, AuditSettings
-from mellow_ds.packing.levels import to_dbfs
+from mellow_ds.packing.audit.scan import ShardNotes, ShardTask, merge_notes, scan_shard
+from mellow_ds.packing.audit.settings import KINDS, AuditSettings
+from mellow_ds.packing.inspection.levels import to_dbfs
+from mellow_ds.packing.inspection.text_length import check_tokenizer
 from mellow_ds.packing.shard_pool import each_shard
-from mellow_ds.packing.text_length import check_tokenizer
 from mellow_ds.shard_format import FEATURES, Manifest, read_manifest
 
 NUM_NAMED = 3  # examples of a finding whose places are kept

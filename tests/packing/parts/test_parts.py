@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mellow_ds.packing.parts import PathGraph, part_folder, read_graph, read_part, split_paths
+from mellow_ds.packing.parts.split import PathGraph, part_folder, read_graph, read_part, split_paths
 from mellow_ds.packing.settings import BuildSettings
 
 

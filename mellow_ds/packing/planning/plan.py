@@ -15,7 +15,7 @@ from typing import Any
 
 from mellow_ds.config.schema import DataConfig
 from mellow_ds.errors import PackingError
-from mellow_ds.packing import plan_rates as rates
+from mellow_ds.packing.planning import rates
 
 MEGABYTE = 1e6
 GIGABYTE = 1e9
@@ -403,7 +403,7 @@ def corpus_of_folder(folder: str | Path, clips_per_question: float = 0) -> tuple
     """
     from itertools import islice
 
-    from mellow_ds.packing.summary import sample_infos
+    from mellow_ds.packing.inspection.summary import sample_infos
     from mellow_ds.shard_format import read_index, read_manifest
 
     manifest = read_manifest(folder)

@@ -7,7 +7,7 @@ import pytest
 
 from mellow_ds.errors import ShardError
 from mellow_ds.packing.build import build_shards
-from mellow_ds.packing.summary import format_summary, summarize
+from mellow_ds.packing.inspection.summary import format_summary, summarize
 
 
 def test_counts_and_durations_are_those_of_the_corpus(corpus: Any) -> None:

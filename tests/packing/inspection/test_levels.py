@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mellow_ds.packing.levels import FLOOR_DBFS, measure_levels, to_dbfs
+from mellow_ds.packing.inspection.levels import FLOOR_DBFS, measure_levels, to_dbfs
 
 
 def test_a_sine_a_square_and_silence() -> None:

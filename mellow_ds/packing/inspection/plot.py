@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from mellow_ds.errors import PackingError
-from mellow_ds.packing.summary import Summary
+from mellow_ds.packing.inspection.summary import Summary
 
 _COLOURS = ("#3b6ea8", "#d9822b")
 _MAX_SUBTYPES = 14  # bars; the others are added up

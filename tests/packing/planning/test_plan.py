@@ -8,9 +8,9 @@ import pytest
 
 from mellow_ds.data.order import Order, examples_of_rank, examples_of_step
 from mellow_ds.errors import PackingError
-from mellow_ds.packing import plan_rates
 from mellow_ds.packing.build import build_shards
-from mellow_ds.packing.plan import (
+from mellow_ds.packing.planning import rates as plan_rates
+from mellow_ds.packing.planning.plan import (
     Cluster,
     CorpusSize,
     Demand,
@@ -20,7 +20,7 @@ from mellow_ds.packing.plan import (
     make_plan,
     transfer_seconds,
 )
-from mellow_ds.packing.plan_report import format_plan, plan_as_json
+from mellow_ds.packing.planning.report import format_plan, plan_as_json
 
 REASONAQA = CorpusSize(num_clips=52_499, mean_seconds=11, questions_per_clip=18.4)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from mellow_ds.errors import FaultError, PackingError, ShardError
-from mellow_ds.packing.audit import AuditReport, Finding, Letters, Split
-from mellow_ds.packing.audit_settings import KINDS
+from mellow_ds.packing.audit.findings import AuditReport, Finding, Letters, Split
+from mellow_ds.packing.audit.settings import KINDS
 from mellow_ds.packing.shard_file import published
 from mellow_ds.packing.verify import DamagedSample, read_sample
 from mellow_ds.shard_format import read_index

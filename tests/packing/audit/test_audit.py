@@ -13,9 +13,9 @@ import pytest
 import soundfile
 
 from mellow_ds.errors import PackingError, ShardError
-from mellow_ds.packing.audit import AuditReport, audit_shards
-from mellow_ds.packing.audit_report import drop_lines, format_report, report_as_json, write_drop_list
-from mellow_ds.packing.audit_settings import DEFAULT_DROP, AuditSettings
+from mellow_ds.packing.audit.findings import AuditReport, audit_shards
+from mellow_ds.packing.audit.report import drop_lines, format_report, report_as_json, write_drop_list
+from mellow_ds.packing.audit.settings import DEFAULT_DROP, AuditSettings
 from mellow_ds.packing.build import build_shards
 from mellow_ds.packing.survey import content_key
 from mellow_ds.shard_format import MANIFEST_NAME, SampleInfo, index_name, read_index, read_manifest, sample_checksum

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mellow_ds.errors import PackingError
-from mellow_ds.packing.part_set import Part
+from mellow_ds.packing.parts.part_set import Part
 from mellow_ds.shard_format import KEY_LENGTH, Question, SampleInfo, question_id, read_index
 
 _ID_DTYPE = np.dtype(f"S{KEY_LENGTH}")

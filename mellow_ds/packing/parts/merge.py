@@ -17,12 +17,12 @@ from tqdm import tqdm
 
 from mellow_ds.errors import PackingError, ShardError
 from mellow_ds.packing.folder import REJECTED_NAME, OutputFolder
-from mellow_ds.packing.part_set import Part, check_part, read_parts, rejected_lines, summed
+from mellow_ds.packing.parts.part_set import Part, check_part, read_parts, rejected_lines, summed
+from mellow_ds.packing.parts.shard_copy import copy_shard, link_shard, rewrite_ids
+from mellow_ds.packing.parts.twins import Renaming, find_twins
 from mellow_ds.packing.report import Report, check_rejected_share
 from mellow_ds.packing.settings import MergeSettings
-from mellow_ds.packing.shard_copy import copy_shard, link_shard, rewrite_ids
 from mellow_ds.packing.shard_plan import shard_name
-from mellow_ds.packing.twins import Renaming, find_twins
 from mellow_ds.shard_format import MANIFEST_NAME, Manifest, ShardInfo, index_name, read_index, read_manifest
 
 

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from mellow_ds.errors import PackingError
-from mellow_ds.packing import merge as merge_module
 from mellow_ds.packing.build import run_build
-from mellow_ds.packing.merge import run_merge
+from mellow_ds.packing.parts import merge as merge_module
+from mellow_ds.packing.parts.merge import run_merge
 from mellow_ds.packing.report import Report
 from mellow_ds.packing.settings import BuildSettings, MergeSettings
 from mellow_ds.packing.verify import verify_shards
@@ -326,7 +326,7 @@ def test_a_part_and_a_merge_that_are_killed_go_on(corpus: Any, folder_bytes: Any
 def _run_killed(arguments: list[str], seconds: tuple[float, ...]) -> None:
     """Run the command once for each of `seconds`, killed after so long, then to its end."""
     command = [sys.executable, "-m", "shards", *arguments]
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     for delay in seconds:
         with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             time.sleep(delay)
@@ -335,7 +335,7 @@ def _run_killed(arguments: list[str], seconds: tuple[float, ...]) -> None:
 
 
 def test_merging_imports_nothing_that_decodes() -> None:
-    code = "import sys, mellow_ds.packing.merge; print('torch' in sys.modules)"
-    root = Path(merge_module.__file__).resolve().parents[2]
+    code = "import sys, mellow_ds.packing.parts.merge; print('torch' in sys.modules)"
+    root = Path(merge_module.__file__).resolve().parents[3]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

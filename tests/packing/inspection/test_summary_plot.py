@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from mellow_ds.errors import PackingError
-from mellow_ds.packing.summary import Summary
-from mellow_ds.packing.summary_plot import plot_summary
+from mellow_ds.packing.inspection.plot import plot_summary
+from mellow_ds.packing.inspection.summary import Summary
 from mellow_ds.shard_format import Manifest
 
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -52,7 +52,7 @@ def test_a_picture_is_drawn(drawn: Summary, tmp_path: Path) -> None:
 
 
 def test_bins_of_whole_numbers_cover_as_many_each() -> None:
-    from mellow_ds.packing.summary_plot import _edges
+    from mellow_ds.packing.inspection.plot import _edges
 
     for low, high in ((1, 1), (0, 39), (0, 40), (3, 1000)):
         edges = _edges(np.array([low, high]), whole=True)
