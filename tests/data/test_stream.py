@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -330,3 +332,24 @@ def test_a_mixture_resumes_where_it_stopped_in_another_world(tmp_path: Path) -> 
             ShardReader(data.train_shards, RATE), CharTokenizer(), make_layout(), changed, settings, World(),
             state=whole[3].state,
         )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_loader_holds_its_batches_and_no_window(tmp_path: Path) -> None:
+    """Memory that a stream takes over three epochs of 64 MB of audio, all one window: less than a quarter of that."""
+    clips = [Clip(clip_key(n), 500_000, [((), f"question {n}", "x")]) for n in range(64)]
+    folder = write_shards(tmp_path / "large", [clips[first : first + 16] for first in range(0, 64, 16)])
+    code = (
+        "import resource, sys; sys.path.insert(0, sys.argv[2])\n"
+        "from test_stream import *\n"
+        "settings = {'segment_seconds': 1.0}\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
+        "with stream(Path(sys.argv[1]), end_step=48, data=settings, global_batch_size=4, batch_size=4) as steps:\n"
+        "    next(steps); before = peak(); seen = sum(s.stats.num_bytes for s in steps)\n"
+        "print(peak() - before, seen / 2**20)"
+    )
+    arguments = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    grown, seen = map(float, done.stdout.split())
+    assert seen > 170
+    assert grown < 16

@@ -24,6 +24,7 @@ RECORD = StepRecord(
 
 def test_description() -> None:
     assert describe(RECORD) == "loss 1.2346 lr 5.00e-04 norm 0.79 31.2 ex/s wait 7%"
+    assert describe(dataclasses.replace(RECORD, num_bad_samples=3)).endswith("wait 7% bad samples 3")
     gpu = dataclasses.replace(RECORD, gpu=GpuReading(10.25, 80.0, 97.0, None))
     assert describe(gpu).endswith("wait 7% gpu 10.2 GiB 97%")
 
