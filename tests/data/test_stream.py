@@ -109,7 +109,9 @@ def test_more_ranks_than_shards_and_fewer_examples_than_a_batch(tmp_path: Path) 
         assert sorted(example for rank in ranks for example in ids_of([rank[step]])) == sorted(all_ids(folder))
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(2, marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow)]
+)
 def test_resuming_equals_going_on(shards: Path, workers: int) -> None:
     world = World(1, 2)
     with stream(shards, world, end_step=13) as steps:
