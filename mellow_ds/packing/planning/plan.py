@@ -192,7 +192,7 @@ def cpu_seconds(corpus: CorpusSize, demand: Demand) -> float:
 def transfer_seconds(corpus: CorpusSize, demand: Demand) -> float:
     """CPU time that an example takes on its way from a loader process to the trainer; its clips are not compressed."""
     shared = min(demand.grouped, demand.batch_size, max(corpus.questions_per_clip, 1))
-    window = rates.FEATURE_CROP_BYTES if demand.codec == "features" else 4 * demand.segment_seconds * corpus.sample_rate
+    window = rates.FEATURE_CROP_BYTES if demand.codec == "features" else 2 * demand.segment_seconds * corpus.sample_rate
     megabytes = corpus.clips_per_question / shared * window / MEGABYTE
     return megabytes * rates.TRANSFER_SECONDS_A_MEGABYTE + rates.TRANSFER_SECONDS_A_BATCH / demand.batch_size
 

@@ -1,10 +1,8 @@
 """What reading costs, as measured, for `mellow-shards plan`: put new numbers here when a benchmark has them."""
 
 # Examples a CPU-second from shard to batch tensors, of two 10 s clips, tokenization left out. By codec.
-# flac, pcm, features: on 2 cores of an AMD EPYC (AVX2), November 2026, one core.
-# opus: decoded at 48 kHz and resampled; by benchmarks/plan_check.py on the same machine, with other jobs beside it.
-# To be replaced by benchmarks/results/data_stream.json (benchmarks/data_stream.py).
-EXAMPLES_PER_CPU_SECOND = {"flac": 69.0, "opus": 9.3, "pcm": 1_015.0, "features": 8_289.0}
+# One core of an AMD EPYC (AVX2), November 2026, by benchmarks/data_stream.py: benchmarks/results/data_stream.json.
+EXAMPLES_PER_CPU_SECOND = {"flac": 108.0, "opus": 11.7, "pcm": 1_995.0, "features": 7_692.0}
 REFERENCE_CLIP_SECONDS = 20.0  # of audio in such an example
 REFERENCE_CLIPS = 2
 

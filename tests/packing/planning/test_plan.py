@@ -60,14 +60,15 @@ def test_a_step_of_one_node_touches_about_as_many_shards_as_said() -> None:
 
 
 def test_cpu_time_by_hand() -> None:
-    # 1.2 clips of 10 s at 69 examples of 20 s a CPU-second, and the text
+    # 1.2 clips of 10 s at FLAC's examples of 20 s a CPU-second, and the text
+    rate = plan_rates.EXAMPLES_PER_CPU_SECOND["flac"]
     demand = Demand(1, codec="flac")
-    assert cpu_seconds(REASONAQA, demand) == pytest.approx(1.2 * 10 / 20 / 69 + plan_rates.TEXT_SECONDS)
+    assert cpu_seconds(REASONAQA, demand) == pytest.approx(1.2 * 10 / 20 / rate + plan_rates.TEXT_SECONDS)
     assert cpu_seconds(REASONAQA, Demand(1, codec="flac", segment_seconds=5)) == pytest.approx(
-        1.2 * 5 / 20 / 69 + plan_rates.TEXT_SECONDS
+        1.2 * 5 / 20 / rate + plan_rates.TEXT_SECONDS
     )
     assert cpu_seconds(REASONAQA, Demand(1, batch_size=8, grouped=4)) == pytest.approx(
-        0.3 * 10 / 20 / 69 + plan_rates.TEXT_SECONDS
+        0.3 * 10 / 20 / rate + plan_rates.TEXT_SECONDS
     )
     assert cpu_seconds(REASONAQA, Demand(1, examples_per_cpu_second=50)) == 1 / 50
 
