@@ -17,7 +17,6 @@ _EXAMPLES = """examples:
   mellow-shards build --json corpus/train.json --audio-root corpus --out shards/train
   mellow-shards verify shards/train
   mellow-shards inspect shards/train --plot shards.png
-  mellow-shards audit train=shards/train test=shards/test
   mellow-shards features --shards shards/train --checkpoint RUN/checkpoints/step-002000 --out shards/train-features
   mellow-shards audit train=shards/train val=shards/val
 
