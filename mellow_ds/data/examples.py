@@ -5,7 +5,7 @@ Everything random here is a function of (seed, epoch, example or clip); with see
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,6 +17,7 @@ from mellow_ds.data.clips import Clips, FeatureClips, WaveformClips
 from mellow_ds.data.collate import collate, empty_batch, prompt_row
 from mellow_ds.data.kinds import Kinds
 from mellow_ds.data.reader import BadSampleError, Place, Sample, ShardReader
+from mellow_ds.data.shared_slots import SharedSlots, Ticket
 from mellow_ds.errors import FaultError, ShardError
 from mellow_ds.multiple_choice import shuffle_options
 from mellow_ds.prompt import (
@@ -78,10 +79,23 @@ class LoadedBatch:
     batch: Batch
     examples: tuple[EvalExample, ...]  # in row order; none in training
     stats: LoadStats
+    ticket: Ticket | None = None  # where the waveforms lie while they are on their way from a loader process
 
     def pin_memory(self) -> "LoadedBatch":
         """The same in page-locked memory (called by the DataLoader)."""
-        return LoadedBatch(self.batch.pin_memory(), self.examples, self.stats)
+        return replace(self, batch=self.batch.pin_memory())
+
+    def put_into(self, slots: SharedSlots, worker: int) -> "LoadedBatch":
+        """The same with the waveforms in a slot of loader process `worker`, where they fit into one."""
+        ticket = None if self.batch.waveforms is None else slots.put(worker, self.batch.waveforms)
+        return self if ticket is None else replace(self, batch=replace(self.batch, waveforms=None), ticket=ticket)
+
+    def taken_from(self, slots: SharedSlots, pin: bool) -> "LoadedBatch":
+        """The inverse of `put_into`, in the trainer."""
+        if self.ticket is None:
+            return self
+        waveforms = slots.take(self.ticket, pin)
+        return replace(self, batch=replace(self.batch, waveforms=waveforms), ticket=None)
 
 
 class _Found(NamedTuple):
@@ -133,6 +147,14 @@ class BatchBuilder:
         self.clips: Clips = WaveformClips(reader.sampling_rate, clip_samples)
         if reader.features is not None:
             self.clips = FeatureClips(reader.features)
+
+    def waveform_bytes(self, num_examples: int) -> int:
+        """Bytes of the waveforms of so many examples of two clips, which few have more of; 0 for features."""
+        if self.reader.features is not None:
+            return 0
+        return (
+            self.clips.buffer(0).itemsize * self.clips.buffer(0).shape[1] * num_examples * max(self.layout.num_clips, 2)
+        )
 
     def build(self, places: np.ndarray) -> LoadedBatch:
         """The micro-batch of the examples at `places` ([n, 3] shard, question number and epoch; n may be 0).

@@ -16,8 +16,9 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from mellow_ds.data.shared_slots import SharedSlots
 from mellow_ds.errors import FaultError, MellowError
 
 Item = TypeVar("Item")
@@ -39,14 +40,17 @@ class _Failure:
 class _Items(Dataset[Any]):
     """`make` as a dataset, which hands back what it raises instead of a page of traceback."""
 
-    def __init__(self, make: Callable[[int], Any]) -> None:
+    def __init__(self, make: Callable[[int], Any], slots: SharedSlots | None) -> None:
         self._make = make
+        self._slots = slots
 
     def __getitem__(self, number: int) -> Any:
         try:
-            return self._make(number)
+            item = self._make(number)
         except MellowError as error:
             return _Failure(error)
+        worker = get_worker_info()
+        return item if self._slots is None or worker is None else item.put_into(self._slots, worker.id)
 
 
 class OrderedLoader(Generic[Item]):
@@ -59,21 +63,30 @@ class OrderedLoader(Generic[Item]):
         num_workers: int,
         items_ahead: int,
         pin_memory: bool = False,
+        slot_bytes: int = 0,
     ) -> None:
-        """`num_workers` 0: items are made in this process when asked for; else `items_ahead` or more are kept ready."""
+        """`num_workers` 0: items are made in this process when asked for; else `items_ahead` or more are kept ready.
+
+        `slot_bytes` > 0: items are `LoadedBatch`es, whose waveforms pass through slots of that size where they fit.
+        """
         self._iterator: Iterator[Any]
+        self._slots: SharedSlots | None = None
+        self._pin_memory = pin_memory
         if num_workers == 0:
             self._iterator = map(make, numbers)
             return
+        ahead = max(2, -(-items_ahead // num_workers))  # of each process
+        if slot_bytes and SharedSlots.are_supported():
+            self._slots = SharedSlots(num_workers, ahead + 1, slot_bytes)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mellow_ds.data.stream"])
         self._iterator = iter(
             DataLoader(
-                _Items(make),
+                _Items(make, self._slots),
                 batch_size=None,
                 sampler=numbers,
                 num_workers=num_workers,
-                prefetch_factor=max(2, -(-items_ahead // num_workers)),
+                prefetch_factor=ahead,
                 multiprocessing_context=context,
                 worker_init_fn=_start_worker,
                 persistent_workers=True,
@@ -99,7 +112,7 @@ class OrderedLoader(Generic[Item]):
             ) from error
         if isinstance(item, _Failure):
             raise item.error from RuntimeError(f"in a loader process:\n{item.trace}")
-        return item
+        return item if self._slots is None else item.taken_from(self._slots, self._pin_memory)
 
     def close(self) -> None:
         """End the loader processes."""

@@ -96,6 +96,7 @@ class TrainStream:
             train.num_workers,
             items_ahead=parts + train.num_workers,  # a whole step while one is computed
             pin_memory=pin_memory,
+            slot_bytes=builder.waveform_bytes(train.batch_size),
         )
 
     def __iter__(self) -> Iterator[StepBatches]:
@@ -179,6 +180,7 @@ class EvalStream:
             num_workers,
             items_ahead=2 * num_workers,
             pin_memory=pin_memory,
+            slot_bytes=builder.waveform_bytes(batch_size),
         )
 
     def __len__(self) -> int:
