@@ -51,7 +51,8 @@ def features(checkpoint: Path, shards: Path, tmp_path_factory: pytest.TempPathFa
     """Features of the held-out sounds."""
     out = tmp_path_factory.mktemp("features") / "test"
     arguments = ["--shards", shards / "test", "--checkpoint", checkpoint, "--out", out, "--workers", 1]
-    assert shards_main(["features", *map(str, arguments)]) == 0
+    command = [sys.executable, "-m", "shards", "features", *map(str, arguments)]  # a process: it sets up logging
+    subprocess.run(command, capture_output=True, timeout=300, cwd=ROOT, env=environment(), check=True)
     return out
 
 

@@ -34,6 +34,7 @@ NOT_RUN = {
     "mellow-ds": "runs in tests/cli; as written it needs a run or a checkpoint of the reader",
     "bash launch/quickstart.sh": "takes 8 minutes; its record is in docs/results.md",
     "bash tests/run.sh": "is this suite",
+    "bash tests/soak.sh": "takes 7 minutes; its record is in docs/results.md, a sample of each runs in tests/soak",
     "source .venv/bin/activate && pre-commit install": "writes into the clone's git hooks",
 }
 

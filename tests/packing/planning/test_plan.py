@@ -74,8 +74,8 @@ def test_cpu_time_by_hand() -> None:
 
 
 def test_the_way_to_the_trainer_by_hand() -> None:
-    # 1.2 windows of 10 s of float32 at 32 kHz, and an eighth of what a batch costs
-    seconds = 1.2 * 1.28 * plan_rates.TRANSFER_SECONDS_A_MEGABYTE + plan_rates.TRANSFER_SECONDS_A_BATCH / 8
+    # 1.2 windows of 10 s of 16 bits at 32 kHz, and an eighth of what a batch costs
+    seconds = 1.2 * 0.64 * plan_rates.TRANSFER_SECONDS_A_MEGABYTE + plan_rates.TRANSFER_SECONDS_A_BATCH / 8
     assert transfer_seconds(REASONAQA, Demand(1, batch_size=8)) == pytest.approx(seconds)
     plans = [planned({"workers": workers}, batch_size=8) for workers in (0, 1)]
     assert plans[1].cpu_seconds - plans[0].cpu_seconds == pytest.approx(seconds)
