@@ -6,6 +6,7 @@ trained (`c2l`, projector) is not part of it.
 """
 
 import json
+import logging
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -32,6 +33,7 @@ from mellow_ds.packing.shard_pool import each_shard
 from mellow_ds.packing.write import ShardNote, note_path
 from mellow_ds.shard_format import FEATURES, FEATURES_EXTENSION, FeatureInfo, Manifest, SampleInfo, ShardInfo
 
+_log = logging.getLogger("mellow_ds.features")
 _WEIGHTS_NAME, _CONFIG_NAME = "encoder.safetensors", "encoder.json"
 
 
@@ -136,7 +138,10 @@ def _check_same(finished: Manifest, info: FeatureInfo, fingerprint: str, out: Pa
         same = (finished.features.encoder, finished.features.max_crops) == (info.encoder, info.max_crops)
         if same:
             return
-    raise PackingError(f"{out} holds a finished build of something else: give another --out")
+    raise PackingError(
+        f"{out} holds a finished build of something else (other shards, another encoder or other --crops): "
+        "give another --out"
+    )
 
 
 def _save_encoder(encoder: nn.Module, config: MellowEncoderConfig, folder: Path) -> None:
@@ -158,8 +163,12 @@ def _encode_missing(
     settings: FeatureSettings,
 ) -> list[ShardNote]:
     names = [shard.name for _, shard in reader.shards]
+    num_notes = len(list(folder.work.glob("*.done.json")))
     notes = {name: folder.finished_note(name, mark) for name, mark in zip(names, marks, strict=True)}
     missing = [number for number, name in enumerate(names) if notes[name] is None]
+    num_others = num_notes - (len(names) - len(missing))
+    if num_others:
+        _log.warning("%d finished shards of another encoder or other --crops are made anew", num_others)
     tasks = [_Task(source, number, folder.work, marks[number], info, settings) for number in missing]
     num_clips = sum(reader.num_samples(number) for number in missing)
     shown = None if settings.progress else True  # None: where stderr is a terminal

@@ -109,6 +109,8 @@ def _named(given: list[str], what: str) -> dict[str, Path]:
     named: dict[str, Path] = {}
     for text in given:
         name, found, path = text.partition("=")
+        if "://" in text:
+            raise PackingError(f"{text} is an address: this command reads folders, so copy the shards first")
         if not found or "/" in name or not path:
             name, path = Path(text).resolve().name or text, text
         if name in named:
@@ -122,6 +124,8 @@ def _drop_lists(given: list[str], splits: tuple[str, ...]) -> dict[str, Path]:
     files: dict[str, Path] = {}
     for text in given:
         name, found, path = text.partition("=")
+        if found and name not in splits and "/" not in name:
+            raise PackingError(f"--drop-list {text}: no split is called {name}; they are {', '.join(splits)}")
         if not found or name not in splits:
             name, path = splits[0], text
         if name in files:

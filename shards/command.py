@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeAlias
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -20,6 +21,13 @@ def add_command(
     )
     parser.set_defaults(handler=handler, takes_overrides=False)
     return parser
+
+
+def local_folder(text: str) -> Path:
+    """A folder as an argument; addresses are refused by name."""
+    if "://" in text:
+        raise argparse.ArgumentTypeError(f"{text} is an address: this command reads folders, so copy the shards first")
+    return Path(text)
 
 
 def add_workers(parser: argparse.ArgumentParser) -> None:

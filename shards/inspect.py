@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from mellow_ds.errors import EXIT_DONE
-from shards.command import Commands, add_command
+from shards.command import Commands, add_command, local_folder
 
 _DEFAULT_LEVELS = 200
 
@@ -20,7 +20,7 @@ examples:
 def add_parser(commands: Commands) -> None:
     """Add the command to `mellow-shards`."""
     parser = add_command(commands, "inspect", "print what a shard folder holds", _EXAMPLES, _run)
-    parser.add_argument("folder", type=Path, metavar="DIR", help="shard folder")
+    parser.add_argument("folder", type=local_folder, metavar="DIR", help="shard folder")
     parser.add_argument(
         "--levels",
         type=int,

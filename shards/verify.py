@@ -3,10 +3,9 @@
 import argparse
 import sys
 import time
-from pathlib import Path
 
 from mellow_ds.errors import EXIT_DONE, EXIT_USER
-from shards.command import Commands, add_command, add_workers, num_workers
+from shards.command import Commands, add_command, add_workers, local_folder, num_workers
 
 _EXAMPLES = """Exit code 0 where all is well, else 2.
 
@@ -20,7 +19,7 @@ def add_parser(commands: Commands) -> None:
     parser = add_command(
         commands, "verify", "check sizes, hashes, checksums and audio of a shard folder", _EXAMPLES, _run
     )
-    parser.add_argument("folder", type=Path, metavar="DIR", help="shard folder")
+    parser.add_argument("folder", type=local_folder, metavar="DIR", help="shard folder")
     add_workers(parser)
 
 
@@ -34,5 +33,5 @@ def _run(options: argparse.Namespace) -> int:
         what = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         print(f"error: {options.folder} has {what}: copy it again, or build it anew", file=sys.stderr, flush=True)
         return EXIT_USER
-    print(f"{options.folder} is well: sizes, hashes, checksums, audio ({time.monotonic() - started:.1f} s)")
+    print(f"{options.folder} is well: sizes, hashes, checksums, content ({time.monotonic() - started:.1f} s)")
     return EXIT_DONE

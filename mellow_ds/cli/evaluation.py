@@ -21,6 +21,8 @@ def evaluate_checkpoint(config: RunConfig, world: World, device: "torch.device")
 
     checkpoint = Path(config.resume_checkpoint)
     model, processor = load_model_folder(checkpoint, device)
+    if (config.model.layout == "mellow") != bool(processor.row_layout.num_clips):
+        _log.info("model.layout %s has no effect: the checkpoint keeps the layout of its training", config.model.layout)
     out = Path(config.save_dir) / "evaluation" / checkpoint.name
     evaluate_model(
         model, processor.tokenizer, processor.row_layout, config, world, device, out, {"checkpoint": str(checkpoint)}

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from mellow_ds.cli.arguments import parse_run_arguments
 from mellow_ds.cli.packed import check_files, needs_packing, with_packed_shards
-from mellow_ds.config.load import dump_run_config
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.shard_cache import ShardCache
 from mellow_ds.data.shard_source import open_source
@@ -129,8 +128,6 @@ def run(config: RunConfig, world: World) -> int:
         if config.mode == "evaluate_checkpoint":
             evaluate_checkpoint(config, world, device)
             return EXIT_DONE
-        if world.is_main:
-            (folder / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
         return train(config, world, device, stop)
     finally:
         stop_process_group()

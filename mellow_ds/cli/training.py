@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from mellow_ds.checkpoint import CheckpointStore, load_checkpoint, load_model_weights, read_state
 from mellow_ds.cli.evaluation import evaluate_model
+from mellow_ds.config.load import dump_run_config
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.corpus import iterate_texts
 from mellow_ds.data.mixture import epochs_from_config
@@ -87,6 +88,8 @@ def train(config: RunConfig, world: World, device: torch.device, stop: StopReque
         )  # fmt: skip
         if state:
             trainer.restore(state)
+        if world.is_main:  # not before: a run that is refused leaves the configuration of the one that it is not
+            (folder / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
         _say_what_runs(config, world, engine.name, parts.model, reader, plan, start_step, last_step)
         stop.listen()
         exit_code = trainer.run()

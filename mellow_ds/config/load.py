@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import logging
+import math
 import re
 import types
 import typing
@@ -179,6 +180,8 @@ def _coerce(key: str, value: Any, hint: Any) -> Any:
     assert not isinstance(hint, types.UnionType), f"{key}: unions are not used in the schema"
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} is {value}; it takes a finite number")
     if hint is str and value is None:
         return ""
     if isinstance(value, bool) is not (hint is bool) or not isinstance(value, hint):

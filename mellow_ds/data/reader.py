@@ -197,7 +197,7 @@ class ShardReader:
         if self.manifests and manifest.features != self.features:
             raise ConfigError(
                 f"{name} holds {_content(manifest)}, but the shards before it hold {_content(self.manifests[0])}: "
-                "train on shards of one kind"
+                "use shards of one kind"
             )
         self.shards += [(source.folder, shard) for shard in manifest.shards]
         self._source_of += [len(self._sources)] * len(manifest.shards)

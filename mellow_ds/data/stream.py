@@ -275,7 +275,10 @@ class _BadSamples:
 
 def _fixed_state(reader: ShardReader, data: DataConfig, seed: int, plan: BatchPlan) -> dict[str, Any]:
     """The part of the state that stays: all that the order of the examples follows from."""
-    mixture = [f"{len(part.shards)} {part.weight} {part.epochs}" for part in data.mixture]
+    mixture = [
+        f"{len(part.shards)} folders with " + (f"weight {part.weight:g}" if part.weight else f"epochs {part.epochs:g}")
+        for part in data.mixture
+    ]
     return {
         "fingerprint": reader.fingerprint,
         "seed": seed,
@@ -294,7 +297,8 @@ def _check_state(state: dict[str, Any], own: dict[str, Any]) -> None:
     if state["fingerprint"] != own["fingerprint"]:
         raise ShardError(
             f"data.shards have the fingerprint {own['fingerprint']}, but the run to go on with was trained on "
-            f"{state['fingerprint']}: name the shards that it was started with, or start a new run"
+            f"{state['fingerprint']}: name the shards that it was started with (or the data.datafiles and audio that "
+            "they are packed from), or start a new run"
         )
     sections = {"seed": "train", "global_batch_size": "train"}
     for name, value in own.items():

@@ -7,6 +7,7 @@ the build was interrupted.
 """
 
 import json
+import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -32,6 +33,8 @@ from mellow_ds.packing.survey import Survey, survey_sources
 from mellow_ds.packing.workers import write_shards
 from mellow_ds.packing.write import ShardNote
 from mellow_ds.shard_format import Manifest
+
+_log = logging.getLogger("mellow_ds.packing")
 
 
 def build_shards(
@@ -152,6 +155,14 @@ def _check_rejected(given: BuildInput, folder: OutputFolder, rejections: list[Re
 
 
 def _check_dropped(given: BuildInput, found: QuestionSet) -> None:
+    """Refuse a drop list of another corpus, and one that leaves nothing; a part sees only its share of it."""
+    num_listed = len(given.drop_list.clips) + len(given.drop_list.questions)
+    num_missed = num_listed - len(found.matched)
+    if num_missed and not given.settings.num_parts:
+        what = f"{num_missed} of {num_listed} entries of {given.settings.drop_list} name nothing in these records"
+        if num_missed == num_listed:
+            raise PackingError(f"{what}: it is the list of another corpus or split; correct --drop-list")
+        _log.warning("%s", what)
     if not found.questions and found.dropped and not given.settings.num_parts:
         raise PackingError(f"{given.settings.drop_list} leaves no question to pack: correct --drop-list")
 

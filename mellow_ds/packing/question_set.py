@@ -18,6 +18,7 @@ class QuestionSet:
     questions: dict[str, Question]  # by id, in the order of the records
     record_of: dict[str, Record]  # by question id
     rejections: list[Rejection]
+    matched: set[str]  # keys and ids on the drop list that came up
     dropped: Counter[str]  # questions that the drop list takes out: with their "clip", or by "question"
 
     def reject(self, question_id: str, path_keys: dict[str, str], bad_key: str, reason: str, detail: str) -> None:
@@ -33,7 +34,7 @@ def gather_questions(records: RecordSet, survey: Survey, drop_list: DropList = _
 
     What `drop_list` names is left out and counted apart. The ids of the others stay as they are without one.
     """
-    found = QuestionSet({}, {}, list(records.rejections), Counter())
+    found = QuestionSet({}, {}, list(records.rejections), set(), Counter())
     occurrences: Counter[str] = Counter()
     same_clips: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all questions about the same clips
     for record in records.records:
@@ -44,10 +45,10 @@ def gather_questions(records: RecordSet, survey: Survey, drop_list: DropList = _
             continue
         clips = tuple(survey.key_of[path] for path in record.paths)
         question = _question(record, same_clips.setdefault(clips, clips), occurrences)
-        if not drop_list.clips.isdisjoint(clips):
-            found.dropped["clip"] += 1
-        elif question.id in drop_list.questions:
-            found.dropped["question"] += 1
+        on_list = drop_list.clips.intersection(clips) | drop_list.questions.intersection((question.id,))
+        if on_list:
+            found.matched.update(on_list)
+            found.dropped["question" if on_list == {question.id} else "clip"] += 1
         else:
             found.questions[question.id] = question
             found.record_of[question.id] = record

@@ -134,6 +134,7 @@ def test_a_checkpoint_of_another_model_shape(straight: Path, shards: Path, tmp_p
         assert str(run / "checkpoints" / "step-000006" / "model.safetensors") in line
         assert "is of another model shape: decoder.model.layers.0.mlp" in line
     verify_checkpoint(run / "checkpoints" / "step-000006")
+    assert (run / "config.yaml").read_text() == (straight / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize("content", ['{"filepath1": "a.wav"}', "[1, 2", "[]", '"text"', "[[1]]", "\ufffe"])

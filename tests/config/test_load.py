@@ -190,3 +190,16 @@ def test_wrong_mixtures_are_refused(mixture: str, message: str) -> None:
 def test_shards_and_mixture_together_are_refused() -> None:
     with pytest.raises(ConfigError, match="data.shards and data.mixture are both given"):  # noqa: RUF043
         load_run_config("quickstart", {"data.shards": "s", "data.mixture": "[{shards: a, weight: 1}]"})
+
+
+@pytest.mark.parametrize(
+    ("key", "text"),
+    [
+        ("data.segment_seconds", ".nan"),
+        ("train.learning_rate", ".inf"),
+        ("data.mixture", "[{shards: a, weight: .inf}]"),
+    ],
+)
+def test_numbers_that_are_not_finite_are_refused(key: str, text: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key}\S* is (nan|inf); it takes a finite number"):
+        load_run_config("quickstart", {key: text})

@@ -96,3 +96,15 @@ def test_a_list_that_leaves_nothing_is_named(corpus: Any) -> None:
     key = content_key((corpus.root / "tone-000.wav").read_bytes())
     with pytest.raises(PackingError, match=r"drop\.jsonl leaves no question"):
         build(corpus, drop_list=write(corpus.folder, {"kind": "clip", "id": key}))
+
+
+def test_a_list_of_another_corpus_is_refused_and_one_that_fits_in_part_is_named(
+    corpus: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    corpus.ask_tones(2, pairs=False)
+    foreign = {"kind": "clip", "id": "0" * 32}
+    with pytest.raises(PackingError, match=r"1 of 1 entries of \S+drop\.jsonl name nothing in these records"):
+        build(corpus, drop_list=write(corpus.folder, foreign))
+    key = content_key((corpus.root / "tone-000.wav").read_bytes())
+    build(corpus, drop_list=write(corpus.folder, foreign, {"kind": "clip", "id": key}))
+    assert "1 of 2 entries of" in caplog.text

@@ -77,6 +77,9 @@ def test_what_goes_on_the_drop_list_is_chosen(folders: Path, tmp_path: Path) -> 
         (["audit", "a/x", "b/x"], "two folders are called 'x'"),
         (["audit", "x", "--clipped-share", "2"], "--clipped-share is 2"),
         (["audit", "x", "--drop-list", "a", "--drop-list", "b"], "--drop-list is given twice"),
+        (["audit", "x", "--drop-list", "val=a"], "no split is called val; they are x"),
+        (["audit", "http://host/x"], "http://host/x is an address"),
+        (["plan", "--clips", "0", "--seconds", "1", "--questions", "2", "--consumes", "5"], "--clips is 0"),
         (["plan", "--clips", "5", "--consumes", "9"], "--seconds and --questions missing"),
         (["plan", "x", "--clips", "5", "--consumes", "9"], "--clips is given beside x"),
         (["plan", "--clips", "5", "--seconds", "1", "--questions", "2", "--consumes", "0"], "--consumes is 0"),
@@ -113,3 +116,11 @@ def test_plan_prints_and_writes_the_plan(folders: Path, tmp_path: Path, capsys: 
     content = json.loads(out.read_text())
     assert (content["corpus"]["num_clips"], content["num_shards"]) == (5, 1)
     assert content["demand"]["codec"] == "flac"
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_addresses_are_refused_by_name(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main([command, "http://host/shards"])
+    assert stopped.value.code == EXIT_USER
+    assert "http://host/shards is an address: this command reads folders" in capsys.readouterr().err

@@ -341,7 +341,7 @@ def _advise(plan: Plan) -> list[str]:
                 f"the cache holds {cluster.cache:,.0f} GB, but {plan.cache_bytes / GIGABYTE:,.0f} GB are in use at a "
                 "time: raise data.cache_gigabytes, or lower data.shuffle_window or data.order_runs"
             )
-    if plan.num_shards / demand.shuffle_window < cluster.nodes:
+    if math.ceil(plan.num_shards / demand.shuffle_window) < cluster.nodes:
         advice.append("there are fewer windows than nodes, so that nodes read the same shards: make smaller shards")
     return advice
 
@@ -430,7 +430,16 @@ def corpus_of_folder(folder: str | Path, clips_per_question: float = 0) -> tuple
     return size, manifest.codec
 
 
+_OPTIONS = {  # fields whose option has another name
+    "num_clips": "clips",
+    "mean_seconds": "seconds",
+    "questions_per_clip": "questions",
+    "examples_per_second": "consumes",
+}
+
+
 def _above_zero(config: Any, *names: str) -> None:
     for name in names:
         if not getattr(config, name) > 0:
-            raise PackingError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be above 0")
+            option = _OPTIONS.get(name, name.replace("_", "-"))
+            raise PackingError(f"--{option} is {getattr(config, name)}; it must be above 0")

@@ -8,13 +8,12 @@ REFERENCE_CLIPS = 2
 
 # Measured by benchmarks/plan_check.py on the same machine.
 # The rest of an example: JSON of its clip, tokens, collating.
-TEXT_SECONDS = 0.0007
-# The way of a batch from a loader process to the trainer, in the loader's CPU time: through shared memory, whose pages
-# are new each time. A virtual machine; where page faults are cheap it is less.
-TRANSFER_SECONDS_A_MEGABYTE = 0.002
+TEXT_SECONDS = 0.0004
+# The way of a batch from a loader process to the trainer, in the loader's CPU time: into a slot of shared memory.
+TRANSFER_SECONDS_A_MEGABYTE = 0.0013
 TRANSFER_SECONDS_A_BATCH = 0.002
 # From the start of the stream to loader processes that work: Python and torch imported once, in the fork server.
-WORKER_START_SECONDS = 8.0
+WORKER_START_SECONDS = 4.0
 # To read a shard's index, check its hash and sort its keys, when it is first touched.
 INDEX_SECONDS = 0.002
 # To read a shard's line of the manifest and look at its size, at the start.

@@ -22,7 +22,7 @@ def format_plan(plan: Plan) -> str:
         ),
         (
             "shards",
-            f"{plan.num_shards:,} of {plan.shard_bytes / MEGABYTE:,.0f} MB ({demand.codec}), {_gb(plan.total_bytes)}",
+            f"{plan.num_shards:,} of {_gb(plan.shard_bytes)} ({demand.codec}), {_gb(plan.total_bytes)}",
         ),
         ("in use at a time", f"{plan.working_shards:,} shards a node, {_gb(plan.working_shards * plan.shard_bytes)}"),
     ]
