@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from mellow_ds.errors import EXIT_DONE, ConfigError
-from shards.command import Commands, add_command
+from shards.command import Commands, add_command, num_workers
 
 _EXAMPLES = """A run on feature shards (as data.shards) trains projector and decoder, and does not run the encoder.
 The encoder is that of a run's step folder, or of a run configuration with pretrained weights, whose keys may follow
@@ -29,7 +29,7 @@ def add_parser(commands: Commands) -> None:
         "--crops", type=int, default=1, metavar="K", help="most crops of a clip longer than the window (default: 1)"
     )
     parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="windows at once (default: 16)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes (default: 1)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes; 0: one a CPU (default: 1)")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     parser.set_defaults(takes_overrides=True)
 
@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.device == "cuda" and found == "cpu":
         raise ConfigError("--device is cuda, but no GPU can be used here: use --device cpu")
     device = found if options.device == "auto" else options.device
-    settings = FeatureSettings(options.crops, options.batch_size, options.workers, device, progress=True)
+    settings = FeatureSettings(options.crops, options.batch_size, num_workers(options), device, progress=True)
     encoder, config, name = _open_encoder(options)
     manifest = build_feature_shards(options.shards, options.out, encoder, config, name, settings)
     print(describe(options.out, manifest, started))
