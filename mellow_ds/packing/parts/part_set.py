@@ -86,6 +86,8 @@ def summed(parts: Sequence[Part], name: str) -> dict[str, int]:
 
 
 def _read_part(folder: Path) -> Part:
+    if not folder.is_dir():
+        raise PackingError(f"the part {folder} is not there: name the folders that build --part made")
     try:
         manifest = read_manifest(folder)
         payload = (folder / MANIFEST_NAME).read_bytes()
