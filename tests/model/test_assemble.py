@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TEXTS
 from transformers import LlamaConfig, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2Model
 
 from mellow_ds.config.schema import DecoderConfig, EncoderConfig, ModelConfig
@@ -12,6 +11,7 @@ from mellow_ds.errors import ConfigError
 from mellow_ds.model.assemble import build_layout, build_model, count_tokens_of_clip, load_tokenizer
 from mellow_ds.model.tokenizer import train_tokenizer
 from mellow_ds.prompt import Layout
+from tests.model.conftest import TEXTS
 
 
 @pytest.fixture

@@ -1,11 +1,11 @@
 """The trained tokenizer: whole words, exact return, and the same whatever the order of the corpus."""
 
 import pytest
-from conftest import TEXTS
 from transformers import AutoTokenizer
 
 from mellow_ds.model.tokenizer import END_OF_TEXT, train_tokenizer
 from mellow_ds.prompt import encode_answer, encode_prompt
+from tests.model.conftest import TEXTS
 
 HARD = (
     "b) a siren",
