@@ -29,7 +29,13 @@ examples:
 def add_parser(commands: Commands) -> None:
     """Add the command to `mellow-shards`."""
     parser = add_command(commands, "build", "pack records and audio files into a shard folder", _EXAMPLES, _run)
-    default = BuildSettings()
+    _add_input(parser)
+    _add_form(parser)
+    add_workers(parser)
+
+
+def _add_input(parser: argparse.ArgumentParser) -> None:
+    """What is packed, and where to."""
     parser.add_argument(
         "--json",
         type=Path,
@@ -49,6 +55,25 @@ def add_parser(commands: Commands) -> None:
         metavar="DIR",
         help="shard folder to write (with --num-parts, the folder that the parts lie in)",
     )
+    parser.add_argument(
+        "--drop-list",
+        type=Path,
+        metavar="FILE",
+        help="leave out the clips and questions that FILE names, as `mellow-shards audit` writes it; JSON lines "
+        '{"kind": "clip" or "question", "id": ..., "reason": ...}',
+    )
+    parser.add_argument(
+        "--num-parts",
+        type=int,
+        metavar="N",
+        help="pack one of N parts, into a folder of its own below --out",
+    )
+    parser.add_argument("--part", type=int, metavar="I", help="which part, from 0 to N - 1")
+
+
+def _add_form(parser: argparse.ArgumentParser) -> None:
+    """How it is stored, and what may be left out."""
+    default = BuildSettings()
     parser.add_argument(
         "--codec",
         choices=tuple(CODECS),
@@ -80,21 +105,6 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace a finished build of other input or settings in --out"
     )
-    parser.add_argument(
-        "--drop-list",
-        type=Path,
-        metavar="FILE",
-        help="leave out the clips and questions that FILE names, as `mellow-shards audit` writes it; JSON lines "
-        '{"kind": "clip" or "question", "id": ..., "reason": ...}',
-    )
-    parser.add_argument(
-        "--num-parts",
-        type=int,
-        metavar="N",
-        help="pack one of N parts, into a folder of its own below --out",
-    )
-    parser.add_argument("--part", type=int, metavar="I", help="which part, from 0 to N - 1")
-    add_workers(parser)
 
 
 def _run(options: argparse.Namespace) -> int:
