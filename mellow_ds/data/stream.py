@@ -34,7 +34,7 @@ from mellow_ds.world import World
 
 _log = logging.getLogger("mellow_ds.data")
 _ENDLESS = 2**62  # more steps than any run has
-_STEPS_BETWEEN_LOOKS = 8  # at what remote shards the steps ahead read
+_STEPS_BETWEEN_LOOKS = 8
 _LOOKS_AHEAD = 12  # 1, 2, 4, ... 2048 steps
 _MAX_NAMED = 5  # kinds and shards of bad samples in a message
 _MIN_JUDGED_SAMPLES = 1000  # one bad sample among the first few is no fraction yet
@@ -85,6 +85,7 @@ class TrainStream:
         self._end_step = _ENDLESS if end_step is None else end_step
         self._bad = _BadSamples(data.max_bad_fraction, reader.num_examples)
         self._reader, self._world = reader, world
+        self._next_look = start_step  # at what remote shards the steps ahead read
         builder = BatchBuilder(
             reader, tokenizer, layout, data.clip_samples, train.seed,
             shuffle_options=data.shuffle_options, kinds=self.kinds,
@@ -119,8 +120,9 @@ class TrainStream:
 
     def _fetch_ahead(self) -> None:
         """Let remote shards come before they are read: those of this step, of the next, and ever farther ones."""
-        if not self._reader.is_remote or self._step % _STEPS_BETWEEN_LOOKS:
+        if not self._reader.is_remote or self._step < self._next_look:
             return
+        self._next_look = self._step + _STEPS_BETWEEN_LOOKS
         found: list[int] = []
         for ahead in (0, *(2**n for n in range(_LOOKS_AHEAD))):
             step = min(self._step + ahead, self._end_step - 1)

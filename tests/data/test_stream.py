@@ -355,3 +355,17 @@ def test_a_loader_holds_its_batches_and_no_window(tmp_path: Path) -> None:
     grown, seen = map(float, done.stdout.split())
     assert seen > 170
     assert grown < 16
+
+
+def test_remote_shards_are_asked_for_from_the_first_step_of_a_resumed_run(
+    shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[set[int]] = []
+    monkeypatch.setattr(ShardReader, "is_remote", True)
+    monkeypatch.setattr(ShardReader, "prefetch", lambda _, wanted: asked.append(set(wanted)))
+    with stream(shards, start_step=13, end_step=23) as steps:
+        next(steps)
+        assert asked == [{0, 1, 2}]
+        for _ in range(8):
+            next(steps)
+    assert len(asked) == 2

@@ -10,7 +10,7 @@ REFERENCE_CLIPS = 2
 # The rest of an example: JSON of its clip, tokens, collating.
 TEXT_SECONDS = 0.0004
 # The way of a batch from a loader process to the trainer, in the loader's CPU time: into a slot of shared memory.
-TRANSFER_SECONDS_A_MEGABYTE = 0.0013
+TRANSFER_SECONDS_A_MEGABYTE = 0.002
 TRANSFER_SECONDS_A_BATCH = 0.002
 # From the start of the stream to loader processes that work: Python and torch imported once, in the fork server.
 WORKER_START_SECONDS = 4.0
