@@ -14,7 +14,8 @@ from mellow_ds.config.schema import MixedPrecisionConfig
 from mellow_ds.errors import ConfigError
 
 AUTO = "auto"
-DEFAULT_ENGINE_JSON: dict[str, Any] = {"zero_optimization": {"stage": 2}}  # where --deepspeed_config is not given
+# where --deepspeed_config is not given; DeepSpeed's default all-reduces gradients that it could reduce-scatter
+DEFAULT_ENGINE_JSON: dict[str, Any] = {"zero_optimization": {"stage": 2, "use_multi_rank_bucket_allreduce": False}}
 _STEPS_PER_PRINT = 10**9  # our own log speaks
 
 
@@ -73,8 +74,13 @@ def choose_precision(mixed: MixedPrecisionConfig, engine_json: dict[str, Any], h
 
 def offloads_optimizer(engine_json: dict[str, Any]) -> bool:
     """Whether the JSON keeps optimizer states in CPU memory or on NVMe."""
-    device = engine_json.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    return device not in ("none", None)
+    return offload_device(engine_json, "offload_optimizer") != "none"
+
+
+def offload_device(engine_json: dict[str, Any], what: str) -> str:
+    """Where the JSON keeps `what` ("offload_optimizer" or "offload_param"): "none", "cpu" or "nvme"."""
+    section = engine_json.get("zero_optimization", {}).get(what) or {}
+    return str(section.get("device") or "none")
 
 
 def resolve_engine_json(

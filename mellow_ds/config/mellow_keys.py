@@ -30,6 +30,5 @@ NEVER_READ = {
     "train.num_nodes": "the launcher says how many",
     "train.persistent_data_workers": "loader processes live as long as the run",
     "train.sav_per_num_epochs": "train.save_every_steps",
-    "train.sync_batchnorm": "a frozen encoder keeps its statistics",
     "gpu": "GPUs are used where there are any",
 }

@@ -5,11 +5,14 @@ files or the world (shards that are there, a batch that divides) is checked wher
 """
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Literal
 
 from mellow_ds.errors import ConfigError
 
 MODES = ("train", "evaluate_checkpoint")
+PARTS = ("encoder", "projector", "decoder")
+OPTIMIZERS = ("AdamW", "Adam", "Lamb", "Muon")
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "step", "loss_tracking")
 
 
@@ -143,6 +146,8 @@ class EncoderConfig:
     """HTSAT_AudioSet_Saved_1.ckpt or Cnn14_mAP=0.431.pth, or the folder that holds it."""
     freeze_audio_encoder_weights: bool = True
     """Keep the encoder as it is: eval mode, no gradients, no optimizer state."""
+    freeze_projector_weights: bool = False
+    """Keep the projector as it is."""
     audio_tokens: int = 33
     """Tokens of a clip in the decoder. HTSAT: 33, or 129 (Mellow's: each frame 4 times); 0: what the encoder gives."""
     channels: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
@@ -185,6 +190,27 @@ class EncoderConfig:
 
 
 @dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters on the decoder, whose own weights then stay as they are (through peft)."""
+
+    rank: int = 0
+    """Rank of the adapters; 0: none."""
+    alpha: float = 16.0
+    """What the adapters give is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Dropout before the adapters while training."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Names of the decoder's layers that get adapters, such as q_proj; all-linear: every linear layer but the head."""
+
+    def __post_init__(self) -> None:
+        _at_least("model.decoder.lora", self, 0, "rank", "dropout")
+        if self.alpha <= 0:
+            raise ConfigError(f"model.decoder.lora.alpha is {self.alpha}; it must be above 0")
+        if self.rank and not self.target_modules:
+            raise ConfigError("model.decoder.lora.target_modules is empty: name layers, or all-linear")
+
+
+@dataclass(frozen=True)
 class DecoderConfig:
     """The causal language model."""
 
@@ -202,6 +228,7 @@ class DecoderConfig:
     """from-config: attention heads."""
     vocab_size: int = 2048
     """from-config: most tokens of the tokenizer that is trained on the corpus; words as tokens."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
 
     def __post_init__(self) -> None:
         _at_least(
@@ -254,6 +281,38 @@ class MixedPrecisionConfig:
 
 
 @dataclass(frozen=True)
+class PartRates:
+    """Peak learning rates of the parts of the model, where they differ from train.learning_rate."""
+
+    encoder: float = 0.0
+    """0: train.learning_rate."""
+    projector: float = 0.0
+    """0: train.learning_rate."""
+    decoder: float = 0.0
+    """0: train.learning_rate; with LoRA that of the adapters."""
+
+    def __post_init__(self) -> None:
+        _at_least("train.learning_rates", self, 0, *PARTS)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """What is trained from a step on."""
+
+    from_step: int = 0
+    """First optimizer step of the phase, counted from 0."""
+    train: tuple[str, ...] = ()
+    """The parts that are trained: encoder, projector, decoder."""
+
+    def __post_init__(self) -> None:
+        _at_least("train.phases", self, 0, "from_step")
+        unknown = [part for part in self.train if part not in PARTS]
+        if unknown or not self.train:
+            found = unknown[0] if unknown else "nothing"
+            raise ConfigError(f"train.phases trains '{found}' from step {self.from_step}; name of {', '.join(PARTS)}")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """How long, how fast, how often."""
 
@@ -269,10 +328,15 @@ class TrainConfig:
     """Optimizer steps in all; 0: what num_epochs comes to."""
     stop_at_step: int = 0
     """Save and end at this step, with the schedule of the whole run; 0: do not. The next start goes on."""
-    optimizer_type: Literal["AdamW", "Adam"] = "AdamW"
-    """AdamW, or Adam with weight decay added to the gradient, as Mellow's."""
+    optimizer_type: Literal["AdamW", "Adam", "Lamb", "Muon"] = "AdamW"
+    """AdamW; Adam with weight decay added to the gradient, as Mellow's; Lamb; Muon for matrices, AdamW for the rest."""
     learning_rate: float = 1e-3
     """Peak of the schedule."""
+    learning_rates: PartRates = field(default_factory=PartRates)
+    muon_learning_rate: float = 0.02
+    """Peak of the schedule for the matrices under Muon, whose updates have a size of their own."""
+    phases: tuple[Phase, ...] = ()
+    """Parts trained from a step on, in place of the freeze keys: [{from_step: 0, train: [projector]}, ...]."""
     weight_decay: float = 1e-4
     """Not applied to biases, norms and embeddings."""
     betas: tuple[float, float] = (0.9, 0.999)
@@ -303,12 +367,32 @@ class TrainConfig:
     """Optimizer steps between checkpoints; 0: only at the end."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept."""
+    keep_best: Literal["", "loss", "eval_loss"] = ""
+    """Also keep the checkpoint that is best by this: loss of the steps since the one before, or eval_loss."""
+    async_save: bool = True
+    """Go on training while a checkpoint is written; only the copy out of the device is waited for."""
+    evaluate_every_steps: int = 0
+    """Optimizer steps between measurements of the loss on data.eval_shards (eval_loss in metrics.jsonl); 0: none."""
+    max_hours: float = 0.0
+    """Save and stop with code 85 before this many hours of wall clock are over, to be started again; 0: no limit."""
+    max_skipped_steps: int = 20
+    """Steps in a row that may be skipped because a loss or gradient is not finite; past them the run ends."""
+    hang_seconds: float = 600.0
+    """Seconds without progress after which the run says which rank is behind, and ends; 0: never."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of the run folder; never: refuse a folder that has one."""
     log_every_steps: int = 10
     """Optimizer steps between records in metrics.jsonl and TensorBoard."""
     evaluate_at_end: bool = False
     """Evaluate on data.eval_shards after the last step."""
+    activation_checkpointing: bool = False
+    """Compute the activations of the decoder's blocks (and a trained encoder's) again in the backward pass."""
+    compile: bool = False
+    """Run the decoder's blocks through torch.compile."""
+    sync_batchnorm: bool = True
+    """BatchNorm of a trained encoder takes its statistics over the micro-batches of all ranks."""
+    frozen_whole_megabytes: float = 512.0
+    """Where parameters are sharded: a frozen part up to this size stays whole on every rank."""
     mixed_precision: MixedPrecisionConfig = field(default_factory=MixedPrecisionConfig)
 
     def __post_init__(self) -> None:
@@ -333,15 +417,32 @@ class TrainConfig:
             "weight_decay",
             "warmup_steps",
             "num_workers",
+            "evaluate_every_steps",
+            "max_hours",
+            "max_skipped_steps",
+            "hang_seconds",
+            "frozen_whole_megabytes",
         )
         _at_least(
             "train", self, 0, "max_grad_norm", "clip_to_running_mean", "save_every_steps", "min_learning_rate", "seed"
         )
         _one_of("train", self, "scheduler", SCHEDULES)
-        _one_of("train", self, "optimizer_type", ("AdamW", "Adam"))
+        _one_of("train", self, "optimizer_type", OPTIMIZERS)
         _one_of("train", self, "resume", ("auto", "never"))
-        if self.learning_rate <= 0:
-            raise ConfigError(f"train.learning_rate is {self.learning_rate}; it must be above 0")
+        _one_of("train", self, "keep_best", ("", "loss", "eval_loss"))
+        if self.keep_best == "eval_loss" and not self.evaluate_every_steps:
+            raise ConfigError("train.keep_best is eval_loss, but train.evaluate_every_steps is 0: nothing measures it")
+        if self.keep_best == "eval_loss" and self.save_every_steps % self.evaluate_every_steps:
+            raise ConfigError(
+                f"train.keep_best is eval_loss, but train.save_every_steps ({self.save_every_steps}) is no multiple of "
+                f"train.evaluate_every_steps ({self.evaluate_every_steps}): some checkpoints would have none"
+            )
+        steps = [phase.from_step for phase in self.phases]
+        if steps and (steps[0] or any(later <= earlier for earlier, later in pairwise(steps))):
+            raise ConfigError(f"train.phases begin at steps {steps}; the first is 0, each later than the one before")
+        for name in ("learning_rate", "muon_learning_rate"):
+            if getattr(self, name) <= 0:
+                raise ConfigError(f"train.{name} is {getattr(self, name)}; it must be above 0")
         if not 0 < self.decay_factor < 1:
             raise ConfigError(f"train.decay_factor is {self.decay_factor}; it must be between 0 and 1")
         if self.global_batch_size and self.gradient_accumulation_steps != 1:

@@ -1,14 +1,20 @@
 """Choosing the back end."""
 
+import logging
 from typing import Any
 
 import torch
 from torch import nn
 
 from mellow_ds.config.schema import TrainConfig
-from mellow_ds.ds_config import StepShape
+from mellow_ds.ds_config import StepShape, zero_stage
+from mellow_ds.engine.extension_lock import check_extension_locks
 from mellow_ds.engine.protocol import Engine
-from mellow_ds.errors import ConfigError
+from mellow_ds.engine.step import all_true
+from mellow_ds.errors import ConfigError, FaultError, MellowError
+from mellow_ds.model.meta import ReadWeight, materialise
+
+_log = logging.getLogger("mellow_ds.engine")
 
 
 def build_engine(
@@ -18,12 +24,65 @@ def build_engine(
     shape: StepShape,
     config: TrainConfig,
     device: torch.device,
+    read_weight: ReadWeight | None = None,
 ) -> Engine:
-    """The engine that `kind` asks for ("auto" takes DeepSpeed); imports the back end only now."""
-    if kind == "fsdp":
-        raise ConfigError("engine fsdp is not there yet in this version: use engine auto or deepspeed")
+    """The engine that `kind` asks for; imports the back end only now (a collective call).
+
+    "auto" takes DeepSpeed, and FSDP2 with a warning where DeepSpeed cannot be imported or initialised on every rank,
+    or has not what is asked for. `read_weight` gives the parameters of a model that are on the meta device.
+    """
+    if read_weight is not None and not shards_parameters(kind, engine_json):
+        materialise(model, model, read_weight)
+    if kind == "auto" and config.optimizer_type == "Muon":
+        _log.warning("engine auto: Muon needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed")
+        kind = "fsdp"
+    if kind != "fsdp":
+        engine, reason = _try_deepspeed(model, engine_json, shape, config, device, read_weight)
+        if engine is not None:
+            return engine
+        if kind == "deepspeed":
+            raise ConfigError(f"engine deepspeed: {reason}; install it (see README.md), or take engine auto or fsdp")
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise FaultError(f"DeepSpeed failed half-way ({reason}): start again with engine fsdp")
+        _log.warning("engine auto: %s; FSDP2 takes its place", reason)
+    from mellow_ds.engine.fsdp_engine import FSDPEngine
+
+    return FSDPEngine(model, engine_json, shape, config, device, read_weight)
+
+
+def shards_parameters(kind: str, engine_json: dict[str, Any]) -> bool:
+    """Whether a rank holds only its part of the parameters: ZeRO-3, and FSDP2 at every stage."""
+    return zero_stage(engine_json) > (0 if kind == "fsdp" else 2)
+
+
+def _try_deepspeed(
+    model: nn.Module,
+    engine_json: dict[str, Any],
+    shape: StepShape,
+    config: TrainConfig,
+    device: torch.device,
+    read_weight: ReadWeight | None,
+) -> tuple[Engine | None, str]:
+    """(the engine, "") or (None, why there is none), on all ranks alike. What the user has to correct is raised."""
+    engine, reason = None, ""
     try:
         from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine
-    except ImportError as error:
-        raise ConfigError(f"DeepSpeed cannot be imported ({error}): install it, see README.md") from None
-    return DeepSpeedEngine(model, engine_json, shape, config, device)
+    except Exception as error:  # a broken installation raises more than ImportError
+        reason = f"DeepSpeed cannot be imported ({_first_line(error)})"
+    # all of them agree before any waits for the others in DeepSpeed's own collectives
+    if all_true(not reason, device):
+        if device.type == "cuda":
+            check_extension_locks()  # on CPUs nothing is compiled
+        try:
+            engine = DeepSpeedEngine(model, engine_json, shape, config, device, read_weight)
+        except MellowError:
+            raise
+        except Exception as error:
+            reason = f"DeepSpeed cannot be initialised ({_first_line(error)})"
+        if all_true(engine is not None, device):
+            return engine, ""
+    return None, reason or "DeepSpeed cannot be used on another rank"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -2,13 +2,14 @@
 
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -20,14 +21,19 @@ from deepspeed.utils import (
 from torch import nn
 
 from mellow_ds.config.schema import TrainConfig
-from mellow_ds.data.batch import Batch
 from mellow_ds.ds_config import StepShape, offloads_optimizer, resolve_engine_json, zero_stage
-from mellow_ds.engine.loss import LossSums, count_step, loss_for_backward
-from mellow_ds.engine.optimizer import gradient_norm, parameter_groups, torch_optimizer
-from mellow_ds.engine.protocol import ParameterState, StepResult
+from mellow_ds.engine.fragments import Fragments
+from mellow_ds.engine.frozen import HALF_TYPES, hidden, place, whole_parts
+from mellow_ds.engine.ops import check_nvme
+from mellow_ds.engine.optimizer import ADAM_MOMENTS, gradient_norm, parameter_groups, torch_optimizer
+from mellow_ds.engine.owner import Keeper, kept_by, shape_of
+from mellow_ds.engine.protocol import ParameterState
+from mellow_ds.engine.statistics import BatchNormStatistics
+from mellow_ds.engine.step import StepEngine, saved_buffers, trained
 from mellow_ds.errors import ConfigError
+from mellow_ds.model.blocks import blocks_of
+from mellow_ds.model.meta import ReadWeight, has_meta, materialise
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 _log = logging.getLogger("mellow_ds.engine")
 
 
@@ -40,89 +46,137 @@ def avoid_cpu_compilation() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(StepEngine):
     """`Engine` over `deepspeed.initialize`; the process group must exist."""
 
     def __init__(
-        self, model: nn.Module, engine_json: dict[str, Any], shape: StepShape, config: TrainConfig, device: torch.device
+        self,
+        model: nn.Module,
+        engine_json: dict[str, Any],
+        shape: StepShape,
+        config: TrainConfig,
+        device: torch.device,
+        read_weight: ReadWeight | None = None,
     ) -> None:
+        """`read_weight`: gives the parameters that are on the meta device, a block at a time (stage 3)."""
         _check_precision(shape.precision)
+        check_nvme(engine_json, ALL_OPS, torch.cuda.is_available())
         avoid_cpu_compilation()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device = device
         self._stage = zero_stage(engine_json)
-        self._world_size = shape.world_size
-        self._groups = parameter_groups(model, shape.weight_decay)
-        # DeepSpeed rewrites the groups' parameter lists; ours say which parameters a flat group holds
-        self._group_parameters = [list(group["params"]) for group in self._groups]
-        optimizer, optimizer_name = _build_optimizer(self._groups, engine_json, config)
+        self._precision = shape.precision
+        self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
+        self._model = model
         resolved = resolve_engine_json(engine_json, shape)
-        if offloads_optimizer(engine_json) and not _is_cpu_adam(optimizer):
-            resolved["zero_force_ds_cpu_optimizer"] = False
+        if self._stage == 0 and shape.precision == "float32":
+            resolved["gradient_clipping"] = 0.0  # there we clip ourselves; DeepSpeed fails where a step is skipped
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-        self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=resolved)
-        self._model = cast(nn.Module, self._engine.module)
-        self._norms = [m for m in self._model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        # what ZeRO-3 shards it also walks through after each step: whole parts are not shown to it
+        self._whole = whole_parts(model, config.frozen_whole_megabytes) if self._stage == 3 else []
+        if read_weight is not None and has_meta(model):
+            for name in self._whole:
+                materialise(model, model.get_submodule(name), read_weight)
+            _shard_from_meta(model, resolved, shape.precision, read_weight)
+        groups = parameter_groups(model, config)
+        self._rates = [group["rate"] for group in groups]
+        optimizer, optimizer_name = _build_optimizer(groups, engine_json, config, self._stage)
+        # DeepSpeed rewrites the groups' parameter lists; ours say which parameters a flat group holds
+        self._group_parameters = [list(group["params"]) for group in optimizer.param_groups]
+        self._group_updates = [0] * len(groups)
+        if offloads_optimizer(engine_json) and type(optimizer).__name__ != "DeepSpeedCPUAdam":
+            resolved["zero_force_ds_cpu_optimizer"] = False
+        with hidden(model, self._whole):
+            self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=resolved)
+        for name in self._whole:
+            place(model.get_submodule(name), device, shape.precision)
+        self._statistics = BatchNormStatistics(model)
         self.name = f"DeepSpeed ZeRO-{self._stage} ({optimizer_name}, {shape.precision})"
 
-    def train_step(
-        self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float, num_kinds: int = 0
-    ) -> StepResult:
-        """See `Engine.train_step`."""
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = learning_rate
-        totals = count_step(batches, self.device)
-        sums = LossSums(num_kinds, self.device)
-        for number, batch in enumerate(batches):
-            self._engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
-            batch = batch.to(self.device, non_blocking=True)
-            output = self._engine(**batch.model_inputs())
-            sums.add(batch, output.loss_sum, output.row_losses)
-            self._engine.backward(loss_for_backward(output.loss_sum, totals, self._world_size), scale_wrt_gas=False)
-        grad_norm = self._clip_and_step(max_grad_norm)
-        _average_statistics(self._norms)
-        skipped = bool(getattr(self._engine.optimizer, "overflow", False))
-        loss, kind_losses = sums.over_all_ranks(totals)
-        return StepResult(loss, grad_norm, totals.num_answer_tokens, totals.num_examples, skipped, kind_losses)
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def _param_groups(self) -> list[dict[str, Any]]:
+        return cast(list[dict[str, Any]], self._engine.optimizer.param_groups)
+
+    def _begin_micro_batch(self, is_last: bool) -> None:
+        self._engine.set_gradient_accumulation_boundary(is_last)
+
+    def _forward(self, inputs: dict[str, Any]) -> Any:
+        return self._engine(**inputs)
+
+    def _forward_again(self, inputs: dict[str, Any]) -> Any:
+        return self._model(**inputs)  # past DeepSpeed's wrapper, which wants each backward to be its own
+
+    def _backward(self, loss: torch.Tensor) -> None:
+        self._engine.backward(loss, scale_wrt_gas=False)
 
     def _clip_and_step(self, max_grad_norm: float) -> float:
-        if not hasattr(self._engine.optimizer, "clip_grad"):
-            # stage 0 in float32: a plain torch optimizer, whose gradients are whole on every rank
-            trained = [parameter for group in self._group_parameters for parameter in group]
-            grad_norm = gradient_norm(trained)
-            if max_grad_norm:
-                torch.nn.utils.clip_grads_with_norm_(trained, max_grad_norm, torch.tensor(grad_norm))
-            self._engine.step()
-            return grad_norm
-        self._engine.optimizer.clip_grad = max_grad_norm
+        if hasattr(self._engine.optimizer, "clip_grad"):
+            self._engine.optimizer.clip_grad = max_grad_norm
+            with hidden(self._model, self._whole):
+                self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            skipped = bool(getattr(self._engine.optimizer, "overflow", False)) or norm is None
+            grad_norm = math.inf if skipped else float(norm)
+        else:
+            grad_norm = self._step_plain_optimizer(max_grad_norm)
+        return grad_norm
+
+    def _step_plain_optimizer(self, max_grad_norm: float) -> float:
+        """Stage 0 in float32: a plain torch optimizer, whose gradients are whole on every rank."""
+        parameters = [parameter for group in self._group_parameters for parameter in group]
+        grad_norm = gradient_norm(p.grad for p in parameters if p.grad is not None)
+        if not math.isfinite(grad_norm):
+            self._engine.zero_grad()  # the step below then finds nothing to do
+        elif max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, torch.tensor(grad_norm))
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return math.inf if norm is None else float(norm)
+        return grad_norm
+
+    # -- states --------------------------------------------------------------------------------------------------------
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.whole_model`. Under ZeRO-3 the weights are gathered for the time of the context."""
         return nullcontext(self._model) if self._stage < 3 else _Gathered(self._model)
 
-    def parameter_states(self) -> Iterator[ParameterState]:
+    def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
         """See `Engine.parameter_states`."""
         self._link_moments()
         flat = {id(p): pieces for p, pieces in self._replicated_state()}
-        for name, parameter in _trained(self._model):
-            if id(parameter) in flat:
-                pieces = dict(flat[id(parameter)])
-                yield ParameterState(name, pieces.pop("weight"), pieces)
+        updates = self._updates_by_parameter()
+        parameters = dict(trained(self._model))
+        fragments = None
+        if keeper is not None and self._stage < 3 and not flat:
+            fragments = Fragments(list(parameters.values()), self.device)
+        for name, parameter in parameters.items():
+            count = updates[id(parameter)]
+            keys = ADAM_MOMENTS if count else ()
+            if keeper is not None and fragments is not None:
+                owner = keeper.owner(name, fragments.held(parameter))
+                found = [fragments.whole(parameter, key, owner, keeper) for key in (None, *keys)]
+                whole = [shape_of(parameter) if part is None else part for part in found]
+                yield ParameterState(name, whole[0], dict(zip(keys, whole[1:], strict=True)), count)
                 continue
-            weight = safe_get_full_fp32_param(parameter)
-            moments = {key: safe_get_full_optimizer_state(parameter, key) for key in self._moment_keys()}
-            yield ParameterState(name, _to_cpu(weight), {key: _to_cpu(value) for key, value in moments.items()})
+            keep = kept_by(keeper, name, self._rank)
+            if id(parameter) in flat:
+                pieces = {key: keep(piece) for key, piece in flat[id(parameter)].items()}
+                yield ParameterState(name, pieces.pop("weight"), pieces, count)
+                continue
+            weight = keep(safe_get_full_fp32_param(parameter))
+            moments = {key: keep(safe_get_full_optimizer_state(parameter, key)) for key in keys}
+            yield ParameterState(name, weight, moments, count)
 
-    def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
+    def load_parameter_states(self, states: Iterator[ParameterState]) -> None:
         """See `Engine.load_parameter_states`."""
-        self._make_moments(num_updates)
-        flat = {id(p): pieces for p, pieces in self._replicated_state(copy=False)}
-        parameters = dict(_trained(self._model))
+        self._make_moments()
+        flat = {id(p): pieces for p, pieces in self._replicated_state()}
+        parameters = dict(trained(self._model))
+        counts: dict[int, int] = {}
         for state in states:
-            parameter = parameters[state.name]
+            parameter = parameters.get(state.name)
+            if parameter is None:
+                continue
+            counts[id(parameter)] = state.num_updates
             if id(parameter) in flat:
                 pieces = flat[id(parameter)]
                 pieces["weight"].copy_(state.weight)
@@ -132,6 +186,7 @@ class DeepSpeedEngine:
                     parameter.data.copy_(state.weight)
                 continue
             self._set_partitioned(parameter, state)
+        self._set_updates(counts)
 
     def _set_partitioned(self, parameter: nn.Parameter, state: ParameterState) -> None:
         """Give this rank its part of the master weight and the moments."""
@@ -144,21 +199,21 @@ class DeepSpeedEngine:
         length = cast(Any, parameter).ds_tensor.numel()
 
         def part(whole: torch.Tensor) -> torch.Tensor:
-            own = whole.flatten()[dist.get_rank() * length : (dist.get_rank() + 1) * length]
+            own = whole.flatten()[self._rank * length : (self._rank + 1) * length]
             return nn.functional.pad(own, (0, length - own.numel())).to(self.device)
 
         safe_set_local_fp32_param(parameter, part(state.weight))
         for key, moment in state.moments.items():
             safe_set_local_optimizer_state(parameter, part(moment), key)
 
-    def fixed_state(self) -> dict[str, torch.Tensor]:
-        """See `Engine.fixed_state`."""
-        state = {name: _to_cpu(buffer) for name, buffer in _saved_buffers(self._model)}
+    def fixed_states(self, keeper: Keeper | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """See `Engine.fixed_states`."""
+        for name, buffer in saved_buffers(self._model):
+            yield name, kept_by(keeper, name, self._rank)(buffer)
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
                 with self._gathered([parameter]):
-                    state[name] = _to_cpu(parameter.data)
-        return state
+                    yield name, kept_by(keeper, name, self._rank)(parameter.data)
 
     def scaler_state(self) -> dict[str, float]:
         """See `Engine.scaler_state`."""
@@ -172,50 +227,62 @@ class DeepSpeedEngine:
 
     def load_scaler_state(self, state: dict[str, float]) -> None:
         """See `Engine.load_scaler_state`."""
+        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        if not getattr(scaler, "dynamic", False):
+            return
         for key, value in state.items():
-            setattr(self._engine.optimizer.loss_scaler, key, value if key == "cur_scale" else int(value))
+            setattr(scaler, key, value if key == "cur_scale" else int(value))
 
     def close(self) -> None:
         """See `Engine.close`."""
         self._engine.destroy()
 
+    # -- DeepSpeed's ways of keeping them ------------------------------------------------------------------------------
+
     def _gathered(self, parameters: list[nn.Parameter]) -> AbstractContextManager[None]:
-        if self._stage < 3:
+        sharded = [parameter for parameter in parameters if hasattr(parameter, "ds_id")]
+        if not sharded:
             return nullcontext()
-        return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(parameters))
+        return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(sharded))
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that was handed in, below ZeRO's or the half-precision wrapper."""
         return cast(torch.optim.Optimizer, self._engine.basic_optimizer)
 
-    def _moment_keys(self) -> tuple[str, ...]:
-        """The moments that exist: none before the first step."""
-        for state in self._inner_optimizer().state.values():
-            return tuple(key for key in MOMENTS if key in state)
-        return ()
-
-    def _make_moments(self, num_updates: int) -> None:
-        """Give the optimizer the state that it has after `num_updates` steps, with moments of zero to be filled."""
-        if not num_updates:
-            return
+    def _set_updates(self, counts: dict[int, int]) -> None:
+        """Let every group go on counting from what its parameters have had (bias correction depends on it)."""
         inner = self._inner_optimizer()
-        torch_counts = isinstance(inner, torch.optim.Adam)  # AdamW is one
-        if type(inner).__name__ == "FusedAdam":
-            for group in inner.param_groups:
-                group["step"] = num_updates  # DeepSpeed's FusedAdam counts once a group
-        for master in self._masters():
-            count = torch.tensor(float(num_updates), device=master.device) if torch_counts else num_updates
-            inner.state[master]["step"] = count
-            for key in MOMENTS:
-                inner.state[master][key] = torch.zeros_like(master.data, dtype=torch.float32)
+        self._group_updates = [
+            max((counts.get(id(p), 0) for p in group), default=0) for group in self._group_parameters
+        ]
+        for number, group in enumerate(inner.param_groups):
+            if type(inner).__name__ == "FusedAdam":
+                group["step"] = self._group_updates[number]  # DeepSpeed's FusedAdam counts once a group
+        for number, master in self._masters():
+            state = inner.state[master]
+            if "step" in state:
+                state["step"] = _same_kind(state["step"], self._group_updates[number])
+
+    def _make_moments(self) -> None:
+        """Give the optimizer the state that it has after a step, with zeros to be filled."""
+        inner = self._inner_optimizer()
+        for _, master in self._masters():
+            state = inner.state[master]
+            for key in ADAM_MOMENTS:
+                state[key] = torch.zeros_like(master.data, dtype=torch.float32)
+            # torch's Adam and AdamW count in a tensor
+            state["step"] = torch.zeros((), device=master.device) if isinstance(inner, torch.optim.Adam) else 0
         self._link_moments()
 
-    def _masters(self) -> list[torch.Tensor]:
-        """This rank's float32 tensors that the inner optimizer updates."""
+    def _masters(self) -> list[tuple[int, torch.Tensor]]:
+        """(number of the group, tensor): this rank's float32 tensors that the inner optimizer updates."""
         if self._stage == 3:
             # the groups of the inner optimizer are filled only while it steps
-            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [master for group in self._inner_optimizer().param_groups for master in group["params"]]
+            wrapped = self._engine.optimizer
+            masters = wrapped.fp32_partitioned_groups_flat
+            return [(wrapped.sub_group_to_group_id[number], master) for number, master in enumerate(masters)]
+        groups = enumerate(self._inner_optimizer().param_groups)
+        return [(number, master) for number, group in groups for master in group["params"]]
 
     def _link_moments(self) -> None:
         """Let every parameter find its piece of the partitioned moments (ZeRO 1 and 2).
@@ -224,13 +291,13 @@ class DeepSpeedEngine:
         and then never again: safe_get_full_optimizer_state raises for all other groups.
         """
         wrapped = self._engine.optimizer
-        if hasattr(wrapped, "_lazy_init_hp_params_optimizer_state") and self._moment_keys():
+        if hasattr(wrapped, "_lazy_init_hp_params_optimizer_state") and self._inner_optimizer().state:
             wrapped._hp_optimizer_states_linked = False
             wrapped._lazy_init_hp_params_optimizer_state()
 
-    def _replicated_state(self, copy: bool = True) -> Iterator[tuple[nn.Parameter, dict[str, torch.Tensor]]]:
-        """(parameter, weight and moments) where stage 0 keeps them whole on every rank: one tensor a parameter, or one
-        flat tensor a group under half precision. Nothing where ZeRO partitions them."""
+    def _replicated_state(self) -> Iterator[tuple[nn.Parameter, dict[str, torch.Tensor]]]:
+        """(parameter, views of weight and moments) where stage 0 keeps them whole on every rank: one tensor a
+        parameter, or one flat tensor a group under half precision. Nothing where ZeRO partitions them."""
         inner = self._inner_optimizer()
         if self._stage > 0 or hasattr(self._engine.optimizer, "bf16_groups"):
             return
@@ -242,9 +309,11 @@ class DeepSpeedEngine:
                 master = masters[0] if flat else masters[number]
                 start, length = (offset, parameter.numel()) if flat else (0, parameter.numel())
                 offset += parameter.numel()
-                pieces = {"weight": master.data, **{k: v for k, v in inner.state[master].items() if k in MOMENTS}}
-                views = {key: t.reshape(-1).narrow(0, start, length).view(parameter.shape) for key, t in pieces.items()}
-                yield parameter, ({key: _to_cpu(view) for key, view in views.items()} if copy else views)
+                pieces = {"weight": master.data, **{k: v for k, v in inner.state[master].items() if k in ADAM_MOMENTS}}
+                yield (
+                    parameter,
+                    {key: t.reshape(-1).narrow(0, start, length).view(parameter.shape) for key, t in pieces.items()},
+                )
 
 
 class _Gathered(AbstractContextManager[nn.Module]):
@@ -252,7 +321,8 @@ class _Gathered(AbstractContextManager[nn.Module]):
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._context = deepspeed.zero.GatheredParameters(list(model.parameters()))
+        sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
+        self._context = deepspeed.zero.GatheredParameters(sharded)
 
     def __enter__(self) -> nn.Module:
         self._context.__enter__()
@@ -262,26 +332,50 @@ class _Gathered(AbstractContextManager[nn.Module]):
         self._context.__exit__(*exception)
 
 
+def _shard_from_meta(model: nn.Module, resolved: dict[str, Any], precision: str, read_weight: ReadWeight) -> None:
+    """Read what is on the meta device and partition it (ZeRO-3), a block at a time, whole in memory only until then."""
+    dtype = HALF_TYPES.get(precision, torch.float32)
+    model.to(dtype)  # DeepSpeed refuses a partly sharded model of mixed types
+    blocks = [*blocks_of(model), *(m for m in model.modules() if m._parameters), model]
+    for block in blocks:
+        if any(parameter.is_meta for parameter in block.parameters()):
+            materialise(model, block, read_weight, dtype)
+            deepspeed.zero.Init(module=block, config_dict_or_path=resolved, dtype=dtype)
+
+
 def _build_optimizer(
-    groups: list[dict[str, Any]], engine_json: dict[str, Any], config: TrainConfig
+    groups: list[dict[str, Any]], engine_json: dict[str, Any], config: TrainConfig, stage: int
 ) -> tuple[torch.optim.Optimizer, str]:
-    """DeepSpeed's FusedAdam on GPUs, its CPUAdam for offload, torch's fused AdamW where they do not build or apply."""
-    arguments = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
-    adamw = config.optimizer_type == "AdamW"
+    """DeepSpeed's own optimizers on GPUs, CPUAdam for offload, torch's fused AdamW where they do not build or apply."""
+    if config.optimizer_type == "Muon":
+        raise ConfigError("train.optimizer_type Muon is not there with engine deepspeed: take engine fsdp, or AdamW")
+    if config.optimizer_type == "Lamb" and stage:
+        raise ConfigError(
+            f"train.optimizer_type Lamb needs whole layers, and ZeRO-{stage} flattens and cuts them: take stage 0 "
+            "(ds_configs/zero0.json), or AdamW"
+        )
     if not torch.cuda.is_available():
         # compiling DeepSpeed's CPU ops takes minutes, and torch's fused form is as fast (FACTS: 184 s for FusedAdam)
         return torch_optimizer(groups, config)
     try:
-        if offloads_optimizer(engine_json):
-            optimizer = deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=adamw, **arguments)
-            return optimizer, f"DeepSpeed CPUAdam ({config.optimizer_type})"
-        optimizer = deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=adamw, **arguments)
-        return optimizer, f"DeepSpeed FusedAdam ({config.optimizer_type})"
+        return _build_deepspeed_optimizer(groups, engine_json, config)
     except Exception as error:  # a compiler or CUDA toolkit that is missing raises one of many kinds
         _log.warning(
             "DeepSpeed's fused optimizer does not build here (%s); torch's takes its place", _first_line(error)
         )
         return torch_optimizer(groups, config)
+
+
+def _build_deepspeed_optimizer(
+    groups: list[dict[str, Any]], engine_json: dict[str, Any], config: TrainConfig
+) -> tuple[torch.optim.Optimizer, str]:
+    arguments = {"lr": config.learning_rate, "betas": config.betas, "eps": config.eps}
+    kind, adamw = config.optimizer_type, config.optimizer_type == "AdamW"
+    if kind == "Lamb":
+        return deepspeed.ops.lamb.FusedLamb(groups, **arguments), "DeepSpeed FusedLamb"
+    if offloads_optimizer(engine_json):
+        return deepspeed.ops.adam.DeepSpeedCPUAdam(groups, adamw_mode=adamw, **arguments), f"DeepSpeed CPUAdam ({kind})"
+    return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=adamw, **arguments), f"DeepSpeed FusedAdam ({kind})"
 
 
 def _check_precision(precision: str) -> None:
@@ -293,41 +387,9 @@ def _check_precision(precision: str) -> None:
         )
 
 
-def _is_cpu_adam(optimizer: torch.optim.Optimizer) -> bool:
-    return type(optimizer).__name__ == "DeepSpeedCPUAdam"
+def _same_kind(count: Any, number: int) -> Any:
+    return torch.full_like(count, float(number)) if isinstance(count, torch.Tensor) else number
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
-def _trained(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    return ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-
-
-def _saved_buffers(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """Buffers that a state dict holds: BatchNorm statistics, not what a module computes for itself."""
-    saved = set(model.state_dict(keep_vars=True)) - {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
-
-
-def _average_statistics(norms: list[nn.modules.batchnorm._BatchNorm]) -> None:
-    """Give all ranks the mean of their BatchNorm statistics, after each step (a collective call).
-
-    Each rank sees its own micro-batches. Training does not read the statistics, evaluation and checkpoints do; equal on
-    all ranks at every step, they do not depend on when a run was saved or resumed. Frozen ones do not move.
-    """
-    statistics = [s for norm in norms if norm.training for s in (norm.running_mean, norm.running_var) if s is not None]
-    if not statistics or dist.get_world_size() == 1:
-        return
-    flat = torch.cat([statistic.flatten() for statistic in statistics])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    for statistic, mean in zip(statistics, flat.split([s.numel() for s in statistics]), strict=True):
-        statistic.copy_(mean)
-
-
-def _to_cpu(tensor: torch.Tensor) -> torch.Tensor:
-    """A copy on the CPU, floating-point numbers as float32."""
-    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
-    return tensor.detach().to("cpu", dtype, copy=True).contiguous()

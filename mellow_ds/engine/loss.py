@@ -36,8 +36,12 @@ def loss_for_backward(loss_sum: torch.Tensor, totals: StepTotals, world_size: in
 
     The average divides by the world, so the world is multiplied in; what is left is the sum over all answer tokens of
     the step divided by their number. A step without any answer token gives zero.
+
+    A loss that is not finite may have gradients that are: an infinite cross entropy has. Its factor is made NaN, so
+    that every gradient on every rank says that the step is to be skipped, without asking beforehand.
     """
-    return loss_sum * (world_size / max(totals.num_answer_tokens, 1))
+    poison = loss_sum.detach() * 0  # 0, or NaN
+    return loss_sum * (world_size / max(totals.num_answer_tokens, 1) + poison)
 
 
 class LossSums:

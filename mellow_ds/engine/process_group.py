@@ -9,11 +9,16 @@ import torch.distributed as dist
 from mellow_ds.errors import ConfigError
 from mellow_ds.world import World
 
-_TIMEOUT = datetime.timedelta(minutes=10)  # a rank that waits longer for the others is told so
+TIMEOUT_SECONDS = 600.0  # a rank that waits longer for the others is told so
 
 
-def start_process_group(world: World, backend: str = "") -> torch.device:
-    """Join the run's process group and return this rank's device."""
+def start_process_group(world: World, backend: str = "", timeout_seconds: float = TIMEOUT_SECONDS) -> torch.device:
+    """Join the run's process group and return this rank's device.
+
+    `timeout_seconds`: of the meeting and of each collective. What names the rank that is behind, the watchdog of
+    `mellow_ds.monitor`, has to speak before.
+    """
+    timeout = datetime.timedelta(seconds=timeout_seconds)
     use_gpu = torch.cuda.is_available() and backend != "gloo"
     if backend == "nccl" and not torch.cuda.is_available():
         raise ConfigError("--distributed-backend nccl needs a GPU, and this process sees none: use gloo")
@@ -31,7 +36,7 @@ def start_process_group(world: World, backend: str = "") -> torch.device:
     backend = backend or ("nccl" if use_gpu else "gloo")
     if world.size == 1:
         store = dist.HashStore()
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_TIMEOUT)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         # DeepSpeed reads these even where the group exists already
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0")
         return device
@@ -40,7 +45,7 @@ def start_process_group(world: World, backend: str = "") -> torch.device:
         RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
         MASTER_ADDR=address, MASTER_PORT=str(port),
     )  # fmt: skip
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_TIMEOUT)
+    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
     return device
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mellow_ds.data.batch import Batch
+from mellow_ds.engine.owner import Keeper
 
 
 @dataclass(frozen=True)
@@ -19,8 +20,9 @@ class StepResult:
     grad_norm: float  # global 2-norm before clipping
     num_answer_tokens: int
     num_examples: int
-    skipped: bool  # float16: gradients overflowed, weights are unchanged
+    skipped: bool  # a loss or gradient was not finite: weights are unchanged
     kind_losses: tuple[tuple[float, float], ...] = ()  # by kind of example (`Batch.kinds`): loss sum, answer tokens
+    fault: str = ""  # of a skipped step: rank, examples and first bad module, in a line; empty: float16 scaled too high
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class ParameterState:
 
     name: str
     weight: torch.Tensor
-    moments: dict[str, torch.Tensor]  # "exp_avg", "exp_avg_sq"; empty before the first step
+    moments: dict[str, torch.Tensor]  # such as "exp_avg", "exp_avg_sq"; empty before the first update
+    num_updates: int = 0  # optimizer steps that the moments come from; parts that were frozen for a while have fewer
 
 
 class Engine(Protocol):
@@ -43,6 +46,7 @@ class Engine(Protocol):
     ) -> StepResult:
         """One optimizer step on this rank's micro-batches; every rank brings the same number.
 
+        `learning_rate` is that of the schedule; parts with a rate of their own keep their ratio to it.
         `max_grad_norm` 0 clips nothing. `num_kinds` > 0: report the loss by `Batch.kinds`, numbers below that.
         """
         ...
@@ -51,16 +55,26 @@ class Engine(Protocol):
         """The model with all its weights on every rank, for evaluation; a collective call."""
         ...
 
-    def parameter_states(self) -> Iterator[ParameterState]:
-        """Every trained parameter in the order of `named_parameters`; a collective call, one parameter at a time."""
+    def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
+        """Every trained parameter in the order of `named_parameters`, copied; a collective call, one at a time.
+
+        With `keeper` only the rank that it names keeps a parameter with its moments; elsewhere they are on the meta
+        device, shapes without memory.
+        """
         ...
 
-    def load_parameter_states(self, states: Iterator[ParameterState], num_updates: int) -> None:
-        """Take over what `parameter_states` gave, on any engine and world, after `num_updates` optimizer steps."""
+    def load_parameter_states(self, states: Iterator[ParameterState]) -> None:
+        """Take over what `parameter_states` gave, on any engine and world.
+
+        States of parameters that are frozen now are passed over; trained ones without a state start from nothing.
+        """
         ...
 
-    def fixed_state(self) -> dict[str, torch.Tensor]:
-        """Frozen parameters and buffers by name, whole, on the CPU; a collective call."""
+    def fixed_states(self, keeper: Keeper | None = None) -> Iterator[tuple[str, torch.Tensor]]:
+        """Frozen parameters and saved buffers by name, whole, copied to the CPU; a collective call, one at a time.
+
+        `keeper`: see `parameter_states`.
+        """
         ...
 
     def scaler_state(self) -> dict[str, float]:

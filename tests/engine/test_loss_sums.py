@@ -4,8 +4,8 @@ import torch
 
 from mellow_ds.data.batch import Batch
 from mellow_ds.engine.loss import LossSums, StepTotals
+from mellow_ds.verify.small import batch_of, small_model
 from mellow_ds.world import World
-from tests.engine.small import batch_of, small_model
 from tests.ranks import run_ranks
 
 KINDS = {0: [0, 2], 1: [2, 2, 1]}  # of the rows of each rank's batch

@@ -1,17 +1,24 @@
 """Which parameters get weight decay, and the norm of all gradients."""
 
+import logging
+
+import pytest
 import torch
 from torch import nn
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.schema import PartRates, TrainConfig
 from mellow_ds.engine.optimizer import gradient_norm, parameter_groups, torch_optimizer
-from tests.engine.small import small_model
+from mellow_ds.verify.small import small_model
 
 
 def test_biases_norms_and_embeddings_are_not_decayed() -> None:
     model = small_model(seed=0)
-    decayed, plain = parameter_groups(model, 0.3)
-    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.3, 0.0)
+    groups = parameter_groups(model, TrainConfig(weight_decay=0.3))
+    assert {(group["part"], group["weight_decay"]) for group in groups} == {
+        (part, decay) for part in ("projector", "decoder") for decay in (0.3, 0.0)
+    }
+    decayed = {"params": [p for group in groups if group["weight_decay"] for p in group["params"]]}
+    plain = {"params": [p for group in groups if not group["weight_decay"] for p in group["params"]]}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decayed_names = {names[id(parameter)] for parameter in decayed["params"]}
     plain_names = {names[id(parameter)] for parameter in plain["params"]}
@@ -25,22 +32,42 @@ def test_biases_norms_and_embeddings_are_not_decayed() -> None:
 
 
 def test_a_model_of_biases_only_has_one_group() -> None:
-    assert len(parameter_groups(nn.LayerNorm(3), 0.1)) == 1
+    assert len(parameter_groups(nn.Sequential(nn.LayerNorm(3)), TrainConfig())) == 1
 
 
 def test_both_optimizers_are_fused_and_named() -> None:
     for kind, cls in (("AdamW", torch.optim.AdamW), ("Adam", torch.optim.Adam)):
-        model = nn.Linear(2, 2)
-        optimizer, name = torch_optimizer(parameter_groups(model, 0.1), TrainConfig(optimizer_type=kind))  # type: ignore[arg-type]
+        model, config = nn.Linear(2, 2), TrainConfig(optimizer_type=kind)  # type: ignore[arg-type]
+        optimizer, name = torch_optimizer(parameter_groups(model, config), config)
         assert type(optimizer) is cls
         assert name == f"torch fused {kind}"
         assert all(group["fused"] for group in optimizer.param_groups)
 
 
 def test_gradient_norm_is_over_all_and_infinite_where_one_is() -> None:
-    a, b, unused = (nn.Parameter(torch.zeros(1)) for _ in range(3))
-    a.grad, b.grad = torch.tensor([3.0]), torch.tensor([4.0])
-    assert gradient_norm([a, b, unused]) == 5.0
-    b.grad = torch.tensor([float("nan")])
-    assert gradient_norm([a, b]) == float("inf")
-    assert gradient_norm([unused]) == 0.0
+    a, b = torch.tensor([3.0]), torch.tensor([4.0])
+    assert gradient_norm([a, b]) == 5.0
+    assert gradient_norm([a, b * float("nan")]) == float("inf")
+    assert gradient_norm([]) == 0.0
+
+
+def test_parts_have_rates_of_their_own_and_muon_takes_the_matrices() -> None:
+    config = TrainConfig(
+        learning_rate=1e-3, learning_rates=PartRates(decoder=1e-4), optimizer_type="Muon", muon_learning_rate=0.02
+    )
+    groups = parameter_groups(small_model(seed=0), config)
+    rates = {(group["part"], group["use_muon"]): group["rate"] for group in groups}
+    assert rates == {
+        ("projector", True): pytest.approx(20.0),
+        ("projector", False): 1.0,
+        ("decoder", True): pytest.approx(2.0),
+        ("decoder", False): pytest.approx(0.1),
+    }
+
+
+def test_lamb_becomes_adamw_by_name(caplog: pytest.LogCaptureFixture) -> None:
+    model, config = nn.Linear(2, 2), TrainConfig(optimizer_type="Lamb")
+    with caplog.at_level(logging.WARNING, logger="mellow_ds.engine"):
+        _, name = torch_optimizer(parameter_groups(model, config), config)
+    assert name == "torch fused AdamW"
+    assert "no FusedLamb can be had here; torch fused AdamW takes its place" in caplog.text
