@@ -75,7 +75,7 @@ def build_project_models(sizes: Sizes, seed: int) -> dict[int, MellowForConditio
         if shared:
             model.encoder = shared.encoder
             model.projector.load_state_dict(shared.projector.state_dict())
-        model.set_trainable(encoder=False, decoder=True)
+        model.set_trainable(("projector", "decoder"))
         models[audio_tokens] = model
     return models
 

@@ -156,7 +156,7 @@ def test_the_loss_from_features_is_the_loss_from_audio(audio: Path, tmp_path: Pa
         trunk = {"patch_embeds_hidden_size": 8, "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]}
         config = replace_config(config, kind="HTSAT", mel_bins=64, out_emb=64, trunk=trunk)
     model = MellowForConditionalGeneration(MellowConfig(encoder_config=config, text_config=TEXT, projector_dropout=0.0))
-    model.set_trainable(encoder=False, decoder=True)
+    model.set_trainable(("projector", "decoder"))
     model.eval()
     build(audio, tmp_path / "features", model.encoder, model.config.encoder_config)
     layout = make_layout(audio_tokens=model.num_audio_tokens)

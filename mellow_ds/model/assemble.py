@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from mellow_ds.config.schema import DataConfig, ModelConfig
+from mellow_ds.config.schema import PARTS, DataConfig, ModelConfig
 from mellow_ds.errors import ConfigError
 from mellow_ds.model.configuration import (
     CNN14,
@@ -32,6 +32,8 @@ from mellow_ds.model.encoders import (
     count_audio_tokens,
     load_waveform_weights,
 )
+from mellow_ds.model.lora import draw_adapters, lora_fields
+from mellow_ds.model.meta import parameters_on_meta
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.model.published import load_pretrained_encoder
 from mellow_ds.model.tokenizer import END_OF_TEXT, train_tokenizer
@@ -140,29 +142,57 @@ def count_tokens_of_clip(model_config: ModelConfig, data_config: DataConfig) -> 
 
 
 def build_model(
-    model_config: ModelConfig, data_config: DataConfig, tokenizer: Any, seed: int, load_pretrained: bool = True
+    model_config: ModelConfig,
+    data_config: DataConfig,
+    tokenizer: Any,
+    seed: int,
+    load_pretrained: bool = True,
+    on_meta: bool = False,
 ) -> MellowForConditionalGeneration:
     """The model that a run starts from: float32, on the CPU, the same for the same seed; pretrained parts loaded,
     frozen parts frozen. Raises `ConfigError` where parts do not fit.
 
     `load_pretrained` false: for one whose weights will all come from a step folder. Of SmolLM2-135M in a GGUF file the
-    sizes take 7 s of CPU to read and the weights 20 more.
+    sizes take 7 s of CPU to read and the weights 20 more. `on_meta`: the decoder's parameters are on the meta device,
+    its buffers and adapters real; `DecoderWeights` or a step folder gives the rest. A decoder made from sizes
+    that is to be drawn here (`load_pretrained`) is made real all the same: it is small.
     """
     encoder = model_config.encoder
     text_decoder = model_config.decoder.text_decoder
+    on_meta = on_meta and not (load_pretrained and text_decoder == FROM_CONFIG)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        decoder = load_decoder(text_decoder) if load_pretrained and text_decoder != FROM_CONFIG else None
+        decoder = None
+        if on_meta:
+            decoder = _decoder_on_meta(model_config, data_config, tokenizer)
+        elif load_pretrained and text_decoder != FROM_CONFIG:
+            decoder = load_decoder(text_decoder)
         config = build_config(model_config, data_config, tokenizer, None if decoder is None else decoder.config)
         model = MellowForConditionalGeneration(config, decoder=decoder).float()
     if load_pretrained and encoder.use_pretrained_audioencoder:
         load_pretrained_encoder(model.encoder, encoder.pretrained_audioencoder_path)
     elif load_pretrained and config.encoder_config.kind == WAVEFORM:
         load_waveform_weights(model.encoder, encoder.audioenc_name)
-    model.set_trainable(
-        encoder=not encoder.freeze_audio_encoder_weights, decoder=not model_config.decoder.freeze_gpt_weights
-    )
+    draw_adapters(model.decoder, seed)
+    model.set_trainable(unfrozen_parts(model_config))
     return model
+
+
+def _decoder_on_meta(model_config: ModelConfig, data_config: DataConfig, tokenizer: Any) -> PreTrainedModel:
+    text_config = build_config(model_config, data_config, tokenizer).text_config
+    with parameters_on_meta():
+        decoder: PreTrainedModel = AutoModelForCausalLM.from_config(text_config, dtype=torch.float32)
+    return decoder
+
+
+def unfrozen_parts(model_config: ModelConfig) -> tuple[str, ...]:
+    """The parts that the freeze keys leave to be trained, of `PARTS`."""
+    frozen = {
+        "encoder": model_config.encoder.freeze_audio_encoder_weights,
+        "projector": model_config.encoder.freeze_projector_weights,
+        "decoder": model_config.decoder.freeze_gpt_weights,
+    }
+    return tuple(part for part in PARTS if not frozen[part])
 
 
 def build_pretrained_encoder(
@@ -209,6 +239,7 @@ def build_config(
         text_config=text_config,
         projector_dropout=model_config.encoder.projector_dropout,
         end_token_id=end_id,
+        lora=lora_fields(model_config.decoder.lora),
     )
 
 
@@ -218,6 +249,11 @@ def _check_fit(model_config: ModelConfig, data_config: DataConfig, tokenizer: An
         raise ConfigError(
             f"model.encoder.d_proj is {d_proj}, but the decoder '{decoder}' is {text_config.hidden_size} wide: "
             "make them equal"
+        )
+    if model_config.decoder.lora.rank and model_config.decoder.freeze_gpt_weights:
+        raise ConfigError(
+            "model.decoder.freeze_gpt_weights is true, which would freeze the adapters of model.decoder.lora too: set "
+            "it to false (with adapters the decoder's own weights stay as they are anyway)"
         )
     if tokenizer is None:
         return

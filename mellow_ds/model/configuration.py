@@ -69,9 +69,13 @@ class MellowConfig(PretrainedConfig):
         text_config: PretrainedConfig | dict[str, Any] | None = None,
         projector_dropout: float = 0.5,
         end_token_id: int = 0,
+        lora: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """`end_token_id` ends an answer and pads what is generated. The projector's width is the decoder's."""
+        """`end_token_id` ends an answer and pads what is generated. The projector's width is the decoder's.
+
+        `lora`: rank, alpha, dropout and target_modules of the decoder's adapters, where it has some.
+        """
         # the embeddings are the decoder's; the outer value would only be read for weights tied across its border
         kwargs["tie_word_embeddings"] = False
         super().__init__(**kwargs)  # first: it would reset how a decoder that is already there attends
@@ -84,3 +88,4 @@ class MellowConfig(PretrainedConfig):
         self.text_config = text_config
         self.projector_dropout = projector_dropout
         self.end_token_id = end_token_id
+        self.lora = dict(lora) if lora else None

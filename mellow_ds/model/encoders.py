@@ -16,6 +16,7 @@ from mellow_ds.model.cnn14 import Cnn14
 from mellow_ds.model.configuration import CNN14, HTSAT, HTSAT_REPEATED_TOKENS, HTSAT_TOKENS, MellowEncoderConfig
 from mellow_ds.model.frontend import LogMel
 from mellow_ds.model.htsat import Htsat
+from mellow_ds.model.norm import BatchNorm1d
 
 # model types of transformers that take normalised waveforms at 16 kHz and have a stack of strided convolutions in front
 WAVEFORM_MODEL_TYPES = (
@@ -85,6 +86,7 @@ class WaveformEncoder(nn.Module):
         # no masking and no skipped layers: every weight takes part in every step, on every rank
         always = {"layerdrop": 0.0, "mask_time_prob": 0.0, "mask_feature_prob": 0.0}
         self.net = AutoModel.from_config(AutoConfig.for_model(**{**config.trunk, **always}))
+        _use_own_batchnorm(self.net)  # conformers have some
         self.audio_tokens = config.audio_tokens
 
     def forward(self, waveforms: torch.Tensor) -> AudioFeatures:
@@ -201,6 +203,14 @@ def _waveform_frames(config: MellowEncoderConfig, num_samples: int) -> int:
     for kernel, stride in zip(config.trunk["conv_kernel"], config.trunk["conv_stride"], strict=True):
         frames = (frames - kernel) // stride + 1
     return frames
+
+
+def _use_own_batchnorm(net: nn.Module) -> None:
+    """Replace torch's layers by ours, under the same names."""
+    for name, module in list(net.named_modules()):
+        if isinstance(module, nn.BatchNorm1d):
+            owner, _, own_name = name.rpartition(".")
+            setattr(net.get_submodule(owner), own_name, BatchNorm1d(module.num_features, module.eps, module.momentum))
 
 
 def _cast_like(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:

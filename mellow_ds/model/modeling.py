@@ -1,6 +1,6 @@
 """The model: encoder, projector and decoder put together; loss on answer tokens, and generation with a cache."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,14 @@ from transformers.cache_utils import Cache
 from transformers.models.clap.modeling_clap import ClapAudioSelfAttention
 from transformers.utils import ModelOutput
 
+from mellow_ds.config.schema import PARTS
 from mellow_ds.data.batch import IGNORE_INDEX
-from mellow_ds.errors import MellowError
+from mellow_ds.errors import ConfigError, MellowError
 from mellow_ds.model.configuration import MellowConfig
 from mellow_ds.model.decoder import check_plain_head
 from mellow_ds.model.encoders import AudioFeatures, as_floats, build_encoder, count_audio_tokens
+from mellow_ds.model.lora import add_adapters, is_adapter
+from mellow_ds.model.norm import paused
 from mellow_ds.model.projector import MellowProjector
 
 _MAX_NEW_TOKENS = 64  # default length of an answer; transformers' own default of 20 would cut descriptions
@@ -44,8 +47,8 @@ class MellowOutput(ModelOutput):
 class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """One, two or more clips and a prompt in, text out.
 
-    `encoder` makes features of waveforms and can be frozen as a whole, `projector` makes tokens of features and is
-    always trained, `decoder` is a causal language model of transformers.
+    `encoder` makes features of waveforms, `projector` makes tokens of features, `decoder` is a causal language model of
+    transformers. Each of the three can be frozen as a whole, and freed again.
     """
 
     config_class = MellowConfig
@@ -57,8 +60,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    _trains_encoder: bool
-    _trains_decoder: bool
+    _trained_parts: frozenset[str]
 
     def __init__(self, config: MellowConfig, decoder: PreTrainedModel | None = None) -> None:
         """`decoder`: a causal LM that has its weights already, of `config.text_config`; by default a new one."""
@@ -75,9 +77,10 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.generation_config = GenerationConfig(
             eos_token_id=config.end_token_id, pad_token_id=config.end_token_id, max_new_tokens=_MAX_NEW_TOKENS
         )
-        self._trains_encoder = True
-        self._trains_decoder = True
+        self._trained_parts = frozenset(PARTS)
         self.post_init()
+        if config.lora:
+            add_adapters(self.decoder, config.lora)  # after post_init, which would draw B too
 
     # -- parts ---------------------------------------------------------------------------------------------------------
 
@@ -98,21 +101,55 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The decoder's head."""
         return self.decoder.get_output_embeddings()
 
-    def set_trainable(self, encoder: bool, decoder: bool) -> None:
-        """Freeze or free encoder and decoder. Frozen: no gradients, and eval mode whatever `train()` says."""
-        self._trains_encoder = encoder
-        self._trains_decoder = decoder
-        self.encoder.requires_grad_(encoder)
-        self.decoder.requires_grad_(decoder)
+    @property
+    def trained_parts(self) -> frozenset[str]:
+        """The parts that are not frozen, of `PARTS`."""
+        return self._trained_parts
+
+    def set_trainable(self, parts: Collection[str]) -> None:
+        """Train these of `PARTS` and freeze the others; may be called again at any step of a run. A decoder with
+        adapters is its adapters: its own weights stay frozen.
+
+        Frozen: no gradients, and eval mode whatever `train()` says. A frozen part still passes gradients through to the
+        parts before it. Raises `ConfigError` for a name that is no part.
+        """
+        unknown = [part for part in parts if part not in PARTS]
+        if unknown:
+            raise ConfigError(f"the model has no part '{unknown[0]}'; its parts are {', '.join(PARTS)}")
+        self._trained_parts = frozenset(parts)
+        for name, parameter in self.named_parameters():
+            part = name.partition(".")[0]
+            fixed = part == "decoder" and self.config.lora is not None and not is_adapter(name)
+            parameter.requires_grad_(part in self._trained_parts and not fixed)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "MellowForConditionalGeneration":
         """As for any module, but frozen parts stay in eval mode: no dropout, no drift of BatchNorm statistics."""
         super().train(mode)
-        if not self._trains_encoder:
-            self.encoder.eval()
-        if not self._trains_decoder:
-            self.decoder.eval()
+        for part in PARTS:
+            if part not in self._trained_parts:
+                self.get_submodule(part).eval()
+        return self
+
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "MellowForConditionalGeneration":
+        """Casts and moves; what modules have computed for themselves moves, but keeps its number format.
+
+        Rotary frequencies rounded to bfloat16 (base 100,000, heads of 64) turn up to 0.4 radians too far at position
+        300; transformers keeps them in float32 when it loads a model, DeepSpeed's cast of a whole model would not.
+        """
+        computed = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name in module._non_persistent_buffers_set
+            if (buffer := module._buffers.get(name)) is not None and buffer.is_floating_point()
+        ]
+        super()._apply(fn, recurse)
+        for module, name, before in computed:
+            after = module._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                module._buffers[name] = before.to(after.device)
         return self
 
     @torch.no_grad()
@@ -132,7 +169,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def encode(self, waveforms: torch.Tensor) -> AudioFeatures:
         """[C, S] int16, or floats in -1 .. 1 -> the encoder's features; without a graph where it is frozen."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and self._trains_encoder):
+        with torch.set_grad_enabled(torch.is_grad_enabled() and "encoder" in self._trained_parts):
             return self.encoder(as_floats(waveforms))
 
     def embed(
@@ -193,7 +230,7 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             decoder_kwargs["use_cache"] = False
         if inputs_embeds is None:
             waveforms, counts = self._stand_in(waveforms, labels)
-            with _Paused(self.encoder, not counts):
+            with paused(self.encoder, not counts):
                 inputs_embeds = self.embed(input_ids, waveforms, clip_row, clip_start, clip_index, audio_features)
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = _never_empty(attention_mask)
@@ -268,22 +305,6 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().generate(  # type: ignore[misc]
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **generation_kwargs
         )
-
-
-class _Paused:
-    """Keeps a module in eval mode for a while, where asked to."""
-
-    def __init__(self, module: nn.Module, pause: bool) -> None:
-        self._module = module
-        self._pause = pause and module.training
-
-    def __enter__(self) -> None:
-        if self._pause:
-            self._module.eval()
-
-    def __exit__(self, *_: object) -> None:
-        if self._pause:
-            self._module.train()
 
 
 def _as_numbers_of(module: nn.Module, features: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ from mellow_ds.model.configuration import CNN14, HTSAT, HTSAT_REPEATED_TOKENS, M
 
 
 class MellowProjector(nn.Module):
-    """Tokens in the order latent, frames (HTSAT) or clip, frames (Cnn14); always trained."""
+    """Tokens in the order latent, frames (HTSAT) or clip, frames (Cnn14)."""
 
     def __init__(self, encoder_config: MellowEncoderConfig, d_proj: int, dropout: float) -> None:
         super().__init__()

@@ -1,12 +1,13 @@
 """Weights that others published: reading their files safely, and their names turned into ours."""
 
+import json
 import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import nn
 
 from mellow_ds.errors import CheckpointError
@@ -41,10 +42,13 @@ def load_pretrained_encoder(encoder: nn.Module, path: str | Path) -> None:
     """Load weights into `encoder` (HtsatEncoder or Cnn14Encoder): an AudioSet HTSAT checkpoint, a PANNs Cnn14 file, a
     folder with one of them, or a model folder of this project. Raises `CheckpointError`."""
     path = Path(path)
-    if (path / "model.safetensors").is_file():
-        saved = load_file(path / "model.safetensors")
+    own = _model_files(path)
+    if own:
         prefix = "encoder."
-        tensors = {name[len(prefix) :]: tensor for name, tensor in saved.items() if name.startswith(prefix)}
+        tensors: dict[str, torch.Tensor] = {}
+        for part in own:
+            with safe_open(part, framework="pt") as saved:
+                tensors |= {n.removeprefix(prefix): saved.get_tensor(n) for n in saved.keys() if n.startswith(prefix)}  # noqa: SIM118
         load_exactly(encoder, tensors, path)
         return
     file = _encoder_file(path)
@@ -53,6 +57,22 @@ def load_pretrained_encoder(encoder: nn.Module, path: str | Path) -> None:
         tensors = {name.removeprefix(_HTSAT_PREFIX): tensor for name, tensor in tensors.items()}
     kind = HTSAT if any(name.startswith("patch_embed.") for name in tensors) else CNN14
     load_exactly(encoder, {f"net.{n}": t for n, t in rename_encoder(kind, drop_computed(tensors)).items()}, file)
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The weights of a model folder: one file, or those that its index names; none where it is something else."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return [file] if (file := folder / "model.safetensors").is_file() else []
+    try:
+        names = {str(name) for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise CheckpointError(f"{index} is damaged: take another folder") from None
+    files = [folder / Path(name).name for name in sorted(names)]
+    missing = next((file for file in files if not file.is_file()), None)
+    if missing:
+        raise CheckpointError(f"{missing} is missing: {index.name} names it")
+    return files
 
 
 def read_checkpoint(file: Path) -> dict[str, torch.Tensor]:

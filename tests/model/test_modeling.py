@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 from transformers import Gemma2Config, GPT2Config
 
-from mellow_ds.errors import MellowError
+from mellow_ds.errors import ConfigError, MellowError
 from mellow_ds.model.configuration import MellowConfig, MellowEncoderConfig
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.prompt import encode_answer, encode_prompt
@@ -101,7 +101,7 @@ def test_every_weight_gets_a_gradient(model, lay_out):
 
 
 def test_a_frozen_encoder_is_a_function_of_the_waveform_alone(model, lay_out):
-    model.set_trainable(encoder=False, decoder=True)
+    model.set_trainable(("projector", "decoder"))
     model.train()
     batch = lay_out([ONE, TWO])
     before = {name: value.clone() for name, value in model.encoder.state_dict().items()}
@@ -115,18 +115,46 @@ def test_a_frozen_encoder_is_a_function_of_the_waveform_alone(model, lay_out):
     assert torch.equal(features.embeddings, model.encode(batch.waveforms).embeddings)
     assert not model.encoder.training
     assert model.projector.training
-    model.set_trainable(encoder=True, decoder=True)
+    model.set_trainable(("encoder", "projector", "decoder"))
     assert model.encoder.training
 
 
 def test_a_frozen_decoder_lets_gradients_through_to_the_projector(model, lay_out):
-    model.set_trainable(encoder=True, decoder=False)
+    model.set_trainable(("encoder", "projector"))
     model.train()
     model(**inputs(lay_out([ONE]))).loss_sum.backward()
     assert all(parameter.grad is None for parameter in model.decoder.parameters())
     assert model.projector.linear1.weight.grad.abs().sum() > 0
     assert model.encoder.net.bn0.weight.grad.abs().sum() > 0
     assert not model.decoder.training
+
+
+def test_a_frozen_projector_stays_as_it_is(model, lay_out):
+    model.set_trainable(("encoder", "decoder"))
+    model.train()
+    model(**inputs(lay_out([ONE]))).loss_sum.backward()
+    assert all(parameter.grad is None for parameter in model.projector.parameters())
+    assert model.encoder.net.bn0.weight.grad.abs().sum() > 0
+    assert not model.projector.training
+    assert model.projector.dropout.p > 0  # which would show, were it in train mode
+
+
+@pytest.mark.parametrize("first", [(), ("projector",), ("encoder", "decoder")])
+def test_parts_are_freed_again_as_a_run_goes_on(model, lay_out, first):
+    model.train()
+    for parts in (first, ("encoder", "projector", "decoder"), ("projector",)):
+        model.set_trainable(parts)
+        assert model.trained_parts == set(parts)
+        trained = {name.partition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
+        in_training = {name.partition(".")[0] for name, m in model.named_modules() if name and m.training}
+        assert trained == in_training == set(parts)
+    model(**inputs(lay_out([ONE]))).loss_sum.backward()
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None} == {"projector"}
+
+
+def test_a_part_that_the_model_has_not_is_named(model):
+    with pytest.raises(ConfigError, match="no part 'head'; its parts are encoder, projector, decoder"):
+        model.set_trainable(("encoder", "head"))
 
 
 def test_stored_features_give_what_the_waveforms_give(model, lay_out):
@@ -236,3 +264,16 @@ def test_weights_of_the_encoder_are_not_all_alike(model):
     bound = (6 / (4 * 9 + 4 * 9)) ** 0.5  # Xavier's
     assert weight.abs().max() <= bound
     assert weight.std() > bound / 4
+
+
+def test_a_cast_model_is_what_transformers_loads_in_that_format(model, tmp_path, lay_out):
+    model.save_pretrained(tmp_path)
+    loaded = MellowForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.bfloat16).eval()
+    frequencies = model.decoder.model.rotary_emb.inv_freq.clone()
+    assert not torch.equal(frequencies, frequencies.bfloat16().float())  # rounding would show
+    model.bfloat16()
+    assert torch.equal(model.decoder.model.rotary_emb.inv_freq, frequencies)
+    for name, tensor in loaded.state_dict().items():
+        assert tensor.dtype == model.state_dict()[name].dtype, name
+    batch = inputs(lay_out([ONE, TWO]))
+    assert torch.equal(model(**batch).logits, loaded(**batch).logits)

@@ -76,10 +76,14 @@ def test_an_audioset_htsat_file_loads(htsat, tmp_path):
     assert all(torch.equal(value, state[name]) for name, value in htsat.state_dict().items())
 
 
-def test_the_encoder_of_a_model_folder_loads(model, tmp_path, waveforms, model_config, data_config, tokenizer):
+@pytest.mark.parametrize("shard_size", ["1GB", "20KB"])  # 20KB: split over several files with an index
+def test_the_encoder_of_a_model_folder_loads(
+    model, tmp_path, waveforms, model_config, data_config, tokenizer, shard_size
+):
     from mellow_ds.model.assemble import build_model
 
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size=shard_size)
+    assert (tmp_path / "model.safetensors").is_file() == (shard_size == "1GB")
     other = build_model(model_config, data_config, tokenizer, seed=99).eval()
     assert not torch.equal(other.encode(waveforms).embeddings, model.encode(waveforms).embeddings)
     load_pretrained_encoder(other.encoder, tmp_path)
