@@ -35,6 +35,12 @@ class CheckpointError(MellowError):
     """A checkpoint that is missing, damaged or of another model; names the file."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint that could not be written; says what it takes and what is kept. Exit code 1."""
+
+    exit_code = EXIT_FAULT
+
+
 class FaultError(MellowError):
     """Something broke that was not the user's doing (a full disk, a dead peer): one line, exit code 1."""
 

@@ -202,7 +202,7 @@ def encode_shard(task: _Task, count: Callable[[], None]) -> ShardNote:
     samples = _encoded(reader, task, encoder, count)
     info = write_samples(task.work, shard.name, FEATURES_EXTENSION, samples, shard.num_samples)
     reader.close()
-    note = ShardNote(task.mark, info, (), ())
+    note = ShardNote(task.mark, info)
     with published(note_path(task.work, shard.name)) as file:
         file.write(note.to_json().encode())
     return note

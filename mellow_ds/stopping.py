@@ -1,9 +1,12 @@
-"""Asking a run to stop: signals set a flag, the trainer reads it after a step, all ranks agree, the state is saved."""
+"""Asking a run to stop: a signal or the clock says so, the trainer asks after a step, all ranks agree and save."""
 
+import contextlib
 import ctypes
 import os
 import signal
 import sys
+import time
+from collections.abc import Iterator
 from types import FrameType
 
 from mellow_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
@@ -16,17 +19,74 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.exit_code = 0
+        self.started = time.monotonic()  # when the run began, for `train.max_hours`
+        self.is_out_of_time = False  # set where that is over; a signal after it is still the first
+        self._is_saved = False
 
-    def listen(self) -> None:
-        """Take over SIGTERM, SIGUSR1 (85: start again to go on) and SIGINT (130)."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+    def listen(self, interrupt: bool = True) -> None:
+        """Take over SIGTERM, SIGUSR1 (85: start again to go on) and, with `interrupt`, SIGINT (130)."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if interrupt else [])):
             signal.signal(number, self._receive)
+
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Within this, where the state is saved already, a signal (or one before it) ends the process with its code."""
+        self._is_saved = True
+        try:
+            if self.exit_code:
+                raise SystemExit(self.exit_code)
+            yield
+        finally:
+            self._is_saved = False
 
     def _receive(self, number: int, _frame: FrameType | None) -> None:
         if self.exit_code:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
+        if self._is_saved:
+            raise SystemExit(self.exit_code)
+
+
+class TimeBudget:
+    """The wall clock of a run (`train.max_hours`): whether another step and the save after it still fit.
+
+    Steps and saves are taken to be as long as the longest so far, with a margin: a step includes what comes between
+    two steps, such as measuring.
+    """
+
+    _MARGIN = 1.25
+    _FIRST_SAVE = 0.1  # of the budget, before a save has been measured ...
+    _FIRST_SAVE_SECONDS = 60.0  # ... but no more
+
+    def __init__(self, max_hours: float, started: float) -> None:
+        """`max_hours` 0: no limit. `started`: by the monotonic clock, which no change of the date moves."""
+        self._seconds = max_hours * 3600
+        self._started = started
+        self._last_step: float | None = None
+        self._longest_step = 0.0
+        self._longest_save = min(self._FIRST_SAVE * self._seconds, self._FIRST_SAVE_SECONDS)
+        self._has_saved = False
+
+    def note_step(self) -> None:
+        """A step ends now (or, called first, the first one begins)."""
+        now = time.monotonic()
+        if self._last_step is not None:
+            self._longest_step = max(self._longest_step, now - self._last_step)
+        self._last_step = now
+
+    def note_save(self, seconds: float) -> None:
+        """A save took this long."""
+        self._longest_save = max(self._longest_save, seconds) if self._has_saved else seconds
+        self._has_saved = True
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether it is time to save and leave. A run makes at least one step, so that being started again helps."""
+        if not self._seconds or not self._longest_step:
+            return False
+        left = self._seconds - (time.monotonic() - self._started)
+        return left < self._MARGIN * (self._longest_step + self._longest_save)
 
 
 def end_with_parent() -> None:

@@ -12,6 +12,9 @@ COMMANDS = {
     EVALUATE: ("mellow_ds.cli.train", "score a checkpoint on held-out shards"),
     "generate": ("mellow_ds.cli.generate", "answer a question about audio files"),
     "report": ("mellow_ds.cli.report", "show what a run came to"),
+    "doctor": ("mellow_ds.cli.doctor", "say what will not work or will be slow, before a run is started"),
+    "verify": ("mellow_ds.cli.verify", "show here that all back ends compute the same, and resume exactly"),
+    "export": ("mellow_ds.cli.export", "write a step as a model folder for others"),
     "convert": ("mellow_ds.cli.convert", "bring a checkpoint of the original Mellow here"),
 }
 
@@ -53,6 +56,7 @@ def _help() -> str:
         "  mellow-ds train --config quickstart --data.shards SHARDS",
         "  mellow-ds evaluate --config quickstart --checkpoint_path RUN/checkpoints/step-000200",
         '  mellow-ds generate --checkpoint RUN/checkpoints/step-000200 --audio a.wav --prompt "what sound is heard?"',
+        "  mellow-ds export --checkpoint RUN/checkpoints/step-000200 --out my-model",
         "  mellow-ds convert --from-mellow v0.ckpt --out mellow-converted",
         "",
         "Shards are made with mellow-shards.",

@@ -22,18 +22,21 @@ def load_model_folder(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from mellow_ds.checkpoint import FILES_NAME, verify_checkpoint
+    from mellow_ds.checkpoint.files_list import FILES_NAME, verify_checkpoint
+    from mellow_ds.checkpoint.step_folder import MODEL
+    from mellow_ds.checkpoint.tensor_files import TensorFiles
     from mellow_ds.model.modeling import MellowForConditionalGeneration
     from mellow_ds.model.processing import MellowProcessor
 
-    for name in ("config.json", "model.safetensors"):
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder} has no {name}: name a step folder, such as RUN/checkpoints/step-000200")
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} has no config.json: name a step folder, such as RUN/checkpoints/step-000200")
     if (folder / FILES_NAME).is_file():
         verify_checkpoint(folder)
+    with TensorFiles(folder, MODEL):  # says what is missing or is no safetensors file
+        pass
     disable_progress_bar()
     try:
-        model = MellowForConditionalGeneration.from_pretrained(folder, local_files_only=True)
+        model = MellowForConditionalGeneration.from_pretrained(folder, local_files_only=True, use_safetensors=True)
         processor = MellowProcessor.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -13,6 +13,7 @@ from mellow_ds.data.shard_source import open_source
 from mellow_ds.ds_config import read_engine_json, zero_stage
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
 from mellow_ds.log import setup_logging
+from mellow_ds.monitor.heartbeat import one_line
 from mellow_ds.stopping import StopRequest, end_with_parent
 from mellow_ds.world import World
 
@@ -37,9 +38,10 @@ def main(arguments: list[str] | None = None, program: str = "train.py", mode: st
         return error.exit_code
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except Exception:
+    except Exception as error:
         traceback.print_exc()
-        print(f"error: {_rank_prefix(world)}unexpected fault, see the traceback above", file=sys.stderr, flush=True)
+        what = f"unexpected fault, see the traceback above: {one_line(error)}"
+        print(f"error: {_rank_prefix(world)}{what}", file=sys.stderr, flush=True)
         return EXIT_FAULT
 
 
@@ -58,7 +60,7 @@ def check_inputs(config: RunConfig, world: World) -> None:
             )
         if config.resume_checkpoint and not Path(config.resume_checkpoint).exists():
             raise ConfigError(f"resume_checkpoint {config.resume_checkpoint} is not there")
-        if config.train.evaluate_at_end:
+        if config.train.evaluate_at_end or config.train.evaluate_every_steps:
             _check_shards(config, config.data.eval_shards, "data.eval_shards")
         return
     if not config.resume_checkpoint:
@@ -95,10 +97,15 @@ def _check_shards(config: RunConfig, folders: tuple[str, ...], key: str) -> None
 
 
 def _check_features(config: RunConfig, folder: str) -> None:
-    if config.mode == "train" and not config.model.encoder.freeze_audio_encoder_weights:
+    phases = config.train.phases
+    key = "train.phases" if phases else "model.encoder.freeze_audio_encoder_weights"
+    frees = any("encoder" in phase.train for phase in phases) or (
+        not phases and not config.model.encoder.freeze_audio_encoder_weights
+    )
+    if config.mode == "train" and frees:
         raise ConfigError(
-            f"{folder} holds features of a frozen encoder, but model.encoder.freeze_audio_encoder_weights is false: "
-            "set it to true, or train on the shards of the audio"
+            f"{folder} holds features of a frozen encoder, but {key} would train it: keep it frozen, or train on the "
+            "shards of the audio"
         )
     if config.evaluation.compare_silence and (config.mode != "train" or config.train.evaluate_at_end):
         raise ConfigError(
@@ -118,19 +125,28 @@ def run(config: RunConfig, world: World) -> int:
     setup_logging(world, folder / "log.txt" if world.is_main else None)
     if needs_packing(config):
         config = with_packed_shards(config, world)
+    stop.listen(interrupt=False)  # from here on a signal is heard before the first step; Ctrl-C ends the start at once
     # from here on torch is needed
     from mellow_ds.cli.evaluation import evaluate_checkpoint
+    from mellow_ds.cli.run_folder import held_run_folder
     from mellow_ds.cli.training import train
     from mellow_ds.engine.process_group import start_process_group, stop_process_group
+    from mellow_ds.monitor.watchdog import group_timeout_seconds
 
-    device = start_process_group(world, config.distributed_backend)
+    device = start_process_group(world, config.distributed_backend, group_timeout_seconds(config.train.hang_seconds))
+    is_well = False
     try:
-        if config.mode == "evaluate_checkpoint":
-            evaluate_checkpoint(config, world, device)
-            return EXIT_DONE
-        return train(config, world, device, stop)
+        with held_run_folder(config, world, device) as heartbeat, heartbeat.hearing_failures():
+            if config.mode == "evaluate_checkpoint":
+                evaluate_checkpoint(config, world, device, heartbeat)
+                exit_code = EXIT_DONE
+            else:
+                exit_code = train(config, world, device, stop, heartbeat)
+        is_well = True
     finally:
-        stop_process_group()
+        if is_well or world.size == 1:  # a rank that fails does not wait for the others to take their leave
+            stop_process_group()
+    return exit_code
 
 
 def _rank_prefix(world: World) -> str:

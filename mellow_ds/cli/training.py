@@ -1,6 +1,8 @@
 """A training run from its configuration: each part is built in a line or two, then the trainer runs."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,28 +10,36 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mellow_ds.checkpoint import CheckpointStore, load_checkpoint, load_model_weights, read_state
-from mellow_ds.cli.evaluation import evaluate_model
+from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
+from mellow_ds.checkpoint.peers import Peers
+from mellow_ds.checkpoint.step_folder import MODEL, read_state
+from mellow_ds.checkpoint.store import CheckpointStore
+from mellow_ds.checkpoint.tensor_files import TensorFiles
+from mellow_ds.cli.evaluation import evaluate_model, measure_engine
 from mellow_ds.config.load import dump_run_config
-from mellow_ds.config.schema import RunConfig
+from mellow_ds.config.schema import PARTS, RunConfig
 from mellow_ds.data.corpus import iterate_texts
 from mellow_ds.data.mixture import epochs_from_config
 from mellow_ds.data.order import BatchPlan, steps_per_epoch
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.stream import TrainStream
 from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json
-from mellow_ds.engine.build import build_engine
+from mellow_ds.engine.build import build_engine, shards_parameters
 from mellow_ds.engine.protocol import Engine
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
 from mellow_ds.errors import ConfigError
-from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer
+from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer, unfrozen_parts
+from mellow_ds.model.blocks import compile_blocks, recompute_activations
 from mellow_ds.model.fingerprint import check_features
+from mellow_ds.model.meta import DecoderWeights, ReadWeight, has_meta, lies_in_safetensors
 from mellow_ds.model.modeling import MellowForConditionalGeneration
+from mellow_ds.model.norm import synchronise_batchnorm
 from mellow_ds.model.processing import MellowProcessor, build_processor
+from mellow_ds.monitor.heartbeat import Heartbeat
 from mellow_ds.monitor.monitor import open_monitor
 from mellow_ds.prompt import Layout
 from mellow_ds.stopping import StopRequest
-from mellow_ds.trainer import Trainer, agreement
+from mellow_ds.trainer import Trainer
 from mellow_ds.world import World
 
 _log = logging.getLogger("mellow_ds.cli")
@@ -52,59 +62,110 @@ class _Parts:
         self.processor.save_pretrained(step_folder)
 
 
-def train(config: RunConfig, world: World, device: torch.device, stop: StopRequest) -> int:
-    """Train (or go on) as the configuration says; returns the exit code."""
-    folder = Path(config.save_dir)
-    reader = ShardReader.from_config(config.data.train_shards, config.data)
-    checkpoints = CheckpointStore(
-        folder / "checkpoints", config.train.keep_checkpoints, world, agreement(device),
-        describe=lambda step_folder: parts.describe(step_folder),  # made below: they depend on what is found
-    )  # fmt: skip
-    resumed = _find_resumed(config, checkpoints, world, device)
-    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
-    parts = _build_parts(config, reader, folder, world, load_pretrained=start_from is None)
-    _load_start(parts.model, start_from, reader)
-    torch.manual_seed(config.train.seed * 100_003 + world.rank)  # dropout differs by rank, and follows from the seed
+def train(
+    config: RunConfig, world: World, device: torch.device, stop: StopRequest, heartbeat: Heartbeat | None = None
+) -> int:
+    """Train (or go on) as the configuration says; returns the exit code.
 
+    A phase ends with a checkpoint, and the next goes on from it as a run that is started again does: the parts that
+    stay keep their optimizer state, on every back end.
+    """
+    reader = ShardReader.from_config(config.data.train_shards, config.data)
     plan = BatchPlan.from_config(config.train, world)
-    engine = _build_engine(config, parts.model, plan, world, device)
-    state = load_checkpoint(resumed, engine, world) if resumed else None
     epoch_steps = steps_per_epoch(epochs_from_config(reader, config.data, 0).num_examples, plan.global_batch_size)
     total_steps = config.train.max_steps or config.train.num_epochs * epoch_steps
     last_step = min(config.train.stop_at_step or total_steps, total_steps)
+    run = _Run(config, world, device, stop, heartbeat or Heartbeat(), reader, plan, total_steps, last_step)
+    while True:
+        exit_code, step = _train_phase(run)
+        if exit_code or step >= last_step:
+            return exit_code
+
+
+@dataclass(frozen=True)
+class _Run:
+    """What all phases share."""
+
+    config: RunConfig
+    world: World
+    device: torch.device
+    stop: StopRequest
+    heartbeat: Heartbeat
+    reader: ShardReader
+    plan: BatchPlan
+    total_steps: int  # of the schedule
+    last_step: int  # that this start takes
+
+    def phase(self, step: int) -> tuple[tuple[str, ...], int]:
+        """(the parts that are trained from `step` on, the step where that ends)."""
+        parts = unfrozen_parts(self.config.model)
+        for phase in self.config.train.phases:
+            if phase.from_step > step:
+                return parts, min(phase.from_step, self.last_step)
+            parts = phase.train
+        return parts, self.last_step
+
+
+def _train_phase(run: _Run) -> tuple[int, int]:
+    """Build everything for the phase that the newest checkpoint stands in and train to its end: (exit code, step)."""
+    config, world, device, reader, heartbeat = run.config, run.world, run.device, run.reader, run.heartbeat
+    folder = Path(config.save_dir)
+    checkpoints = CheckpointStore(
+        folder / "checkpoints", config.train.keep_checkpoints, Peers(world, device),
+        describe=lambda step_folder: parts.describe(step_folder),  # made below: they depend on what is found
+        keep_best=config.train.keep_best,
+    )  # fmt: skip
+    resumed = _find_resumed(config, checkpoints)
+    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
+    parts = _build_parts(config, reader, folder, world, start_from)
+    _load_start(parts.model, start_from, reader)
+    start_step = int(read_state(resumed)["progress"]["step"]) if resumed else 0
+    trained, end_step = run.phase(start_step)
+    parts.model.set_trainable(trained)
+    torch.manual_seed(config.train.seed * 100_003 + world.rank)  # dropout differs by rank, and follows from the seed
+    heartbeat.beat()
+    with _weights_on_demand(config, parts.model, start_from) as read_weight:
+        engine = _build_engine(config, parts.model, run.plan, world, device, read_weight)
+    heartbeat.beat()
+    state = load_checkpoint(resumed, engine, world) if resumed else None
     stream = TrainStream(
         reader, parts.tokenizer, parts.layout, config.data, config.train, world,
-        end_step=last_step, state=state["stream"] if state else None, pin_memory=device.type == "cuda",
+        end_step=end_step, state=state["stream"] if state else None, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    start_step = int(state["progress"]["step"]) if state else 0
     monitor = open_monitor(
-        world, folder, total_steps=last_step, log_every_steps=config.train.log_every_steps,
+        world, folder, total_steps=run.last_step, log_every_steps=config.train.log_every_steps,
         resumed_step=start_step, cuda_index=device.index,
     )  # fmt: skip
     with monitor, stream:
         trainer = Trainer(
-            config.train, world, engine, stream, Schedule(config.train, total_steps), ClipThreshold(config.train),
-            checkpoints, monitor, stop, last_step,
+            config.train, world, engine, stream, Schedule(config.train, run.total_steps), ClipThreshold(config.train),
+            checkpoints, monitor, run.stop, end_step, heartbeat,
+            measure=lambda: measure_engine(engine, parts.tokenizer, parts.layout, config, world, heartbeat),
         )  # fmt: skip
         if state:
             trainer.restore(state)
         if world.is_main:  # not before: a run that is refused leaves the configuration of the one that it is not
             (folder / "config.yaml").write_text(dump_run_config(config), encoding="utf-8")
-        _say_what_runs(config, world, engine.name, parts.model, reader, plan, start_step, last_step)
-        stop.listen()
+        _say_what_runs(run, engine.name, parts.model, start_step, end_step)
+        run.stop.listen()
         exit_code = trainer.run()
-    if not exit_code and config.train.evaluate_at_end:
-        with engine.whole_model() as whole:
+    if not exit_code and end_step == run.last_step and config.train.evaluate_at_end:
+        with run.stop.at_once(), engine.whole_model() as whole:
             evaluate_model(
-                whole, parts.tokenizer, parts.layout, config, world, device, folder / "evaluation", {"step": last_step}
-            )
+                whole, parts.tokenizer, parts.layout, config, world, device, folder / "evaluation",
+                {"step": end_step}, heartbeat,
+            )  # fmt: skip
     engine.close()
-    return exit_code
+    return exit_code, end_step
 
 
-def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World, load_pretrained: bool) -> _Parts:
+def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World, start_from: Path | None) -> _Parts:
     tokenizer = _shared_tokenizer(config, reader, folder / "tokenizer", world)
-    model = build_model(config.model, config.data, tokenizer, config.train.seed, load_pretrained)
+    # where each rank keeps a share of the decoder, none reads the whole of it first
+    on_meta = shards_parameters(config.engine, read_engine_json(config.deepspeed_config)) and (
+        start_from is not None or lies_in_safetensors(config.model.decoder.text_decoder)
+    )
+    model = build_model(config.model, config.data, tokenizer, config.train.seed, start_from is None, on_meta)
     layout = build_layout(config.model, config.data, tokenizer, model.num_audio_tokens)
     return _Parts(model, tokenizer, layout, build_processor(model, tokenizer, layout))
 
@@ -117,8 +178,27 @@ def _load_start(model: MellowForConditionalGeneration, start_from: Path | None, 
         check_features(reader.features, model.encoder, model.config.encoder_config)
 
 
+@contextmanager
+def _weights_on_demand(
+    config: RunConfig, model: MellowForConditionalGeneration, start_from: Path | None
+) -> Iterator[ReadWeight | None]:
+    """What reads the parameters that are on the meta device, while it is open; None where there are none."""
+    if not has_meta(model):
+        yield None
+    elif start_from is not None:
+        with TensorFiles(start_from, MODEL) as files:
+            yield files.read
+    else:
+        yield DecoderWeights(model.decoder, config.model.decoder.text_decoder).read
+
+
 def _build_engine(
-    config: RunConfig, model: MellowForConditionalGeneration, plan: BatchPlan, world: World, device: torch.device
+    config: RunConfig,
+    model: MellowForConditionalGeneration,
+    plan: BatchPlan,
+    world: World,
+    device: torch.device,
+    read_weight: ReadWeight | None,
 ) -> Engine:
     engine_json = read_engine_json(config.deepspeed_config)
     shape = StepShape(
@@ -130,8 +210,14 @@ def _build_engine(
         weight_decay=config.train.weight_decay,
         precision=choose_precision(config.train.mixed_precision, engine_json, device.type == "cuda"),
     )
-    torch.nn.Module.to(model, device).train()
-    return build_engine(config.engine, model, engine_json, shape, config.train, device)
+    if config.train.sync_batchnorm and world.size > 1:
+        synchronise_batchnorm(model, dist.group.WORLD)
+    if config.train.activation_checkpointing:
+        recompute_activations(model)
+    if config.train.compile:
+        compile_blocks(model.decoder)
+    torch.nn.Module._apply(model, lambda tensor: tensor if tensor.is_meta else tensor.to(device))
+    return build_engine(config.engine, model.train(), engine_json, shape, config.train, device, read_weight)
 
 
 def _shared_tokenizer(config: RunConfig, reader: ShardReader, saved: Path, world: World) -> object:
@@ -150,14 +236,11 @@ def _shared_tokenizer(config: RunConfig, reader: ShardReader, saved: Path, world
     return load_tokenizer(config.model, config.data, saved=saved)
 
 
-def _find_resumed(config: RunConfig, checkpoints: CheckpointStore, world: World, device: torch.device) -> Path | None:
-    """The step folder to go on from: rank 0 chooses, as only it reads the files through, and tells the others."""
-    newest = checkpoints.newest() if world.is_main else None
-    step = torch.tensor(read_state(newest)["progress"]["step"] if newest else -1, device=device)
-    dist.broadcast(step, src=0)
-    if int(step) < 0:
+def _find_resumed(config: RunConfig, checkpoints: CheckpointStore) -> Path | None:
+    """The step folder to go on from; the same on all ranks."""
+    found = checkpoints.newest()
+    if found is None:
         return None
-    found = checkpoints.folder_of(int(step))
     if config.train.resume == "never":
         raise ConfigError(f"{found} is there and train.resume is never: choose another save_dir, or set resume to auto")
     _log.info("going on from %s", found)
@@ -165,25 +248,20 @@ def _find_resumed(config: RunConfig, checkpoints: CheckpointStore, world: World,
 
 
 def _say_what_runs(
-    config: RunConfig,
-    world: World,
-    engine_name: str,
-    model: torch.nn.Module,
-    reader: ShardReader,
-    plan: BatchPlan,
-    start_step: int,
-    last_step: int,
+    run: _Run, engine_name: str, model: MellowForConditionalGeneration, start_step: int, end_step: int
 ) -> None:
+    config, world, reader, plan = run.config, run.world, run.reader, run.plan
     num_clips = sum(manifest.num_clips for manifest in reader.manifests)
     # ds_numel: under ZeRO-3 a partitioned parameter is empty
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained = sum(number for number, requires_grad in counts if requires_grad)
     _log.info("%s on %d ranks (started by %s)", engine_name, world.size, world.launcher)
     _log.info(
-        "%.1f M parameters, %.1f M trained; %d examples of %d clips",
-        sum(number for number, _ in counts) / 1e6, trained / 1e6, reader.num_examples, num_clips,
+        "%.1f M parameters, %.1f M trained (%s); %d examples of %d clips",
+        sum(number for number, _ in counts) / 1e6, trained / 1e6,
+        ", ".join(part for part in PARTS if part in model.trained_parts), reader.num_examples, num_clips,
     )  # fmt: skip
     _log.info(
         "steps %d to %d, %d examples a step in %d micro-batches of at most %d a rank; run folder %s",
-        start_step, last_step, plan.global_batch_size, plan.micro_batches, config.train.batch_size, config.save_dir,
+        start_step, end_step, plan.global_batch_size, plan.micro_batches, config.train.batch_size, config.save_dir,
     )  # fmt: skip

@@ -30,6 +30,7 @@ TINY = [
 ]  # fmt: skip
 
 _COMMANDS = {"train.py": "mellow_ds.cli.train", "mellow-ds": "mellow_ds.cli.main", "mellow-shards": "shards.cli"}
+_COMMANDS["faulty.py"] = "tests.cli.faulty"  # train.py with a fault of the test's choice
 _DROPPED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # a launcher's
 _DROPPED |= {"PYTHONDONTWRITEBYTECODE"}  # without bytecode an import of torch and DeepSpeed takes twice the time
 _processes = multiprocessing.get_context("forkserver")

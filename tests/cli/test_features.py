@@ -111,7 +111,10 @@ def test_what_features_cannot_do_is_said_before_torch_is_needed(
 ) -> None:
     assert train_main(["--config", "quickstart", "--data.shards", str(features)]) == 2
     line = capsys.readouterr().err.strip()
-    assert "features of a frozen encoder, but model.encoder.freeze_audio_encoder_weights is false" in line
+    assert "features of a frozen encoder, but model.encoder.freeze_audio_encoder_weights would train it" in line
+    phases = "[{from_step: 0, train: [projector]}, {from_step: 2, train: [projector, encoder]}]"
+    assert train_main(["--config", "quickstart", "--data.shards", str(features), "--train.phases", phases]) == 2
+    assert "features of a frozen encoder, but train.phases would train it" in capsys.readouterr().err
     arguments = [
         "--mode",
         "evaluate_checkpoint",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from mellow_ds.checkpoint import verify_checkpoint
+from mellow_ds.checkpoint.files_list import verify_checkpoint
 from mellow_ds.model.tokenizer import train_tokenizer
 from tests.cli.damage import damage_audio, sample_keys
 from tests.cli.runs import TINY, Done, forked
@@ -131,7 +131,7 @@ def test_a_checkpoint_of_another_model_shape(straight: Path, shards: Path, tmp_p
     ):
         (done,) = forked("train.py", *arguments)
         line = only_line(done)
-        assert str(run / "checkpoints" / "step-000006" / "model.safetensors") in line
+        assert str(run / "checkpoints" / "step-000006" / "model.safetensors.index.json") in line
         assert "is of another model shape: decoder.model.layers.0.mlp" in line
     verify_checkpoint(run / "checkpoints" / "step-000006")
     assert (run / "config.yaml").read_text() == (straight / "config.yaml").read_text()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -10,9 +11,11 @@ from pathlib import Path
 
 import psutil
 import pytest
-from safetensors.torch import load_file
+import torch
 
-from mellow_ds.checkpoint import verify_checkpoint
+from mellow_ds.checkpoint.files_list import verify_checkpoint
+from mellow_ds.checkpoint.step_folder import MODEL
+from mellow_ds.checkpoint.tensor_files import TensorFiles
 from mellow_ds.monitor.metrics import read_metrics
 from tests.cli.runs import ROOT, TINY, by_deepspeed, by_torchrun, environment, forked, launched, started
 
@@ -21,6 +24,12 @@ pytestmark = pytest.mark.slow
 
 def losses(run: Path) -> list[float]:
     return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "step"]
+
+
+def weights_of(step: Path) -> dict[str, torch.Tensor]:
+    """All tensors of the model, from however many files."""
+    with TensorFiles(step, MODEL) as tensors:
+        return {name: tensors.read(name).clone() for name in tensors.names()}
 
 
 def test_a_run_leaves_what_the_readme_says(straight: Path) -> None:
@@ -41,8 +50,8 @@ def test_stopped_and_resumed_is_the_same_run_bit_for_bit(straight: Path, shards:
     assert second.returncode == 0, second.stderr[-3000:]
     assert "going on from" in second.stderr
     assert losses(tmp_path) == losses(straight)
-    ours = load_file(tmp_path / "checkpoints" / "step-000006" / "model.safetensors")
-    theirs = load_file(straight / "checkpoints" / "step-000006" / "model.safetensors")
+    ours = weights_of(tmp_path / "checkpoints" / "step-000006")
+    theirs = weights_of(straight / "checkpoints" / "step-000006")
     assert ours.keys() == theirs.keys()
     assert all(bool((ours[name] == theirs[name]).all()) for name in ours)
 
@@ -50,14 +59,14 @@ def test_stopped_and_resumed_is_the_same_run_bit_for_bit(straight: Path, shards:
 def test_a_damaged_step_is_passed_over_and_a_single_rank_goes_on(straight: Path, shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(straight, run)
-    newest = run / "checkpoints" / "step-000006" / "optimizer.safetensors"
+    newest = run / "checkpoints" / "step-000006" / "optimizer-00002-of-00002.safetensors"
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
     arguments = ["--config", "quickstart", "--data.shards", shards / "train", "--save-dir", run, *TINY]
     (result,) = forked("train.py", *arguments)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert "optimizer.safetensors is damaged" in result.stderr
+    assert "optimizer-00002-of-00002.safetensors is damaged" in result.stderr
     assert "going on from" in result.stderr
     assert "step-000003" in result.stderr
     assert len(losses(run)) == 6  # steps 4 to 6 stand once, those of the new run
@@ -129,14 +138,23 @@ def test_a_full_disk_during_a_save_keeps_the_step_before(straight: Path, shards:
     try:
         arguments = ["--config", "quickstart", "--data.shards", shards / "train", "--save-dir", run, *TINY]
         (result,) = forked("train.py", *arguments)
-        assert result.returncode == 2, result.stderr[-3000:]
+        assert result.returncode == 1, result.stderr[-3000:]  # the last save of a run must succeed
         line = result.stderr.strip().splitlines()[-1]
         assert "step-000006 was not saved: the disk is full" in line
-        assert "step-000003 stays loadable" in line
+        assert re.search(r"it takes [\d.]+ MB, [\d.]+ MB are free; step-000003 stays loadable", line)
         assert "Traceback" not in result.stderr
         assert [path.name for path in disk.iterdir()] == ["step-000003"]  # what was begun is removed
         verify_checkpoint(disk / "step-000003")
-        # and with room again, the same command goes on from it
+        # one in the middle of a run is told and tried again when the next is due, which has room
+        longer = [*arguments, "--train.max_steps", 9, "--train.stop_at_step", 7]
+        (result,) = forked("train.py", *longer)
+        assert result.returncode == 1, result.stderr[-3000:]
+        assert "step-000006 was not saved: the disk is full" in result.stderr
+        assert "; the run goes on" in result.stderr
+        assert "step-000007 was not saved" in result.stderr.strip().splitlines()[-1]
+        failed = [r["step"] for r in read_metrics(run / "metrics.jsonl") if r.get("name") == "save_failed"]
+        assert failed == [6, 7]
+        # and with room again, the same command goes on from what there is
         subprocess.run(["mount", "-o", f"remount,size={3 * size}", disk], check=True)
         (again,) = forked("train.py", *arguments)
         assert again.returncode == 0, again.stderr[-3000:]

@@ -1,0 +1,76 @@
+"""Taking up a step: weights into a model, optimizer state into an engine, one tensor at a time."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from mellow_ds.checkpoint.random_states import restore_generators
+from mellow_ds.checkpoint.snapshot import MOMENT_SEPARATOR, NUM_UPDATES
+from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER, random_file, read_state
+from mellow_ds.checkpoint.tensor_files import TensorFiles
+from mellow_ds.engine.protocol import Engine, ParameterState
+from mellow_ds.errors import CheckpointError
+from mellow_ds.world import World
+
+
+def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any]:
+    """Give the engine the optimizer state, scaler and random states of a step folder; returns its state.json.
+
+    The weights are loaded into the model before an engine is built on it (`load_model_weights`); here the float32
+    masters follow. On another world size every rank takes the generator state of a rank that there was.
+    """
+    state = read_state(folder)
+    with TensorFiles(folder, MODEL) as weights, TensorFiles(folder, OPTIMIZER) as moments:
+        engine.load_parameter_states(_parameter_states(weights, moments, int(state.get("num_updates", 0))))
+    engine.load_scaler_state(state.get("scaler", {}))
+    source_rank = world.rank % int(state["world_size"])
+    restore_generators(load_file(folder / random_file(source_rank)))
+    return state
+
+
+def load_model_weights(model: nn.Module, folder: Path) -> None:
+    """Load all weights and buffers of a step folder into `model`; names and shapes must be equal."""
+    wanted = model.state_dict(keep_vars=True)
+    with TensorFiles(folder, MODEL) as tensors, torch.no_grad():
+        check_shapes(tensors, wanted)
+        for name in tensors.names():
+            wanted[name].copy_(tensors.read(name))
+
+
+def check_shapes(tensors: TensorFiles, wanted: dict[str, torch.Tensor]) -> None:
+    """Raise `CheckpointError` where a step is of another model than one with the state dict `wanted`."""
+    # a tied weight is in the files once, under its first name
+    pointers: dict[int, list[str]] = {}
+    for name, tensor in wanted.items():
+        pointers.setdefault(tensor.data_ptr() or id(tensor), []).append(name)
+    found = set(tensors.names())
+    missing = [names[0] for names in pointers.values() if found.isdisjoint(names)]
+    for name in sorted(found):
+        if name not in wanted:
+            raise CheckpointError(
+                f"{tensors.path} is of another model: it has {name}, which the configured model has not"
+            )
+        if tuple(wanted[name].shape) != tensors.shape(name):
+            raise CheckpointError(
+                f"{tensors.path} is of another model shape: {name} is {list(tensors.shape(name))} there and "
+                f"{list(wanted[name].shape)} as configured; use the model configuration that it was trained with"
+            )
+    if missing:
+        raise CheckpointError(
+            f"{tensors.path} is of another model: it lacks {missing[0]} ({len(missing)} names in all)"
+        )
+
+
+def _parameter_states(weights: TensorFiles, moments: TensorFiles, num_updates: int) -> Iterator[ParameterState]:
+    """`num_updates`: of a parameter without a count of its own, as format version 1 had them."""
+    by_name: dict[str, list[str]] = {}
+    for key in moments.names():
+        by_name.setdefault(key.split(MOMENT_SEPARATOR)[0], []).append(key)
+    for name, keys in sorted(by_name.items()):
+        found = {key.split(MOMENT_SEPARATOR)[1]: moments.read(key) for key in keys}
+        own_updates = found.pop(NUM_UPDATES, None)
+        yield ParameterState(name, weights.read(name), found, num_updates if own_updates is None else int(own_updates))

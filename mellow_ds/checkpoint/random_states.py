@@ -1,0 +1,18 @@
+"""The generator states of a rank: what dropout draws from."""
+
+import torch
+
+
+def generator_states() -> dict[str, torch.Tensor]:
+    """Those of the CPU and of this rank's GPU, copied."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_generators(states: dict[str, torch.Tensor]) -> None:
+    """The inverse of `generator_states`; a state of a GPU that is not there is passed over."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

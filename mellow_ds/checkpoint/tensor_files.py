@@ -1,0 +1,101 @@
+"""Named tensors in one safetensors file or split over several with an index, in the manner of transformers."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from mellow_ds.checkpoint.step_folder import foreign_file
+from mellow_ds.errors import CheckpointError
+
+
+def file_name(stem: str, number: int, total: int) -> str:
+    """`model.safetensors`, or `model-00001-of-00002.safetensors` for file 1 (from 1) of 2."""
+    return f"{stem}.safetensors" if total == 1 else f"{stem}-{number:05d}-of-{total:05d}.safetensors"
+
+
+def index_name(stem: str) -> str:
+    """The file that says which tensor is where."""
+    return f"{stem}.safetensors.index.json"
+
+
+def index_text(files: Mapping[str, str], num_bytes: int) -> str:
+    """The content of an index; `files`: name of tensor -> name of file."""
+    return json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": dict(files)}, indent=1) + "\n"
+
+
+class TensorFiles:
+    """The tensors of one stem in a folder, opened for reading one at a time; a context manager.
+
+    Tensors are views of the mapped files: what is not looked at is not read, and what is kept must be copied.
+    """
+
+    def __init__(self, folder: Path, stem: str) -> None:
+        """Raises `CheckpointError` naming the file that is missing, damaged or no safetensors file."""
+        self._folder = folder
+        self._stack = contextlib.ExitStack()
+        self._by_name: dict[str, Any] = {}
+        index = folder / index_name(stem)
+        expected = _read_index(index) if index.is_file() else None
+        names = sorted(set(expected.values())) if expected is not None else [file_name(stem, 1, 1)]
+        self.path = index if expected is not None else folder / names[0]  # for messages
+        with contextlib.ExitStack() as stack:
+            for name in names:
+                file = stack.enter_context(_opened(folder / name))
+                self._by_name.update(dict.fromkeys(file.keys(), file))
+            if expected is not None and self._by_name.keys() != expected.keys():
+                odd = sorted(self._by_name.keys() ^ expected.keys())[0]
+                raise CheckpointError(f"{index} and the files that it names differ in {odd}: the step is damaged")
+            self._stack = stack.pop_all()
+
+    def names(self) -> list[str]:
+        """All names, in no particular order."""
+        return list(self._by_name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor, which is not read."""
+        return tuple(self._by_name[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> torch.Tensor:
+        """A tensor, whole."""
+        return self._by_name[name].get_tensor(name)
+
+    def __enter__(self) -> "TensorFiles":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+
+def _opened(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except (OSError, SafetensorError) as error:
+        foreign = "" if path.is_file() else foreign_file(path.parent)
+        if foreign:
+            raise CheckpointError(
+                f"{path.parent / foreign} is a pickle, which may run code when it is read, so it is not; "
+                f"{path.name} is missing: name a step folder such as RUN/checkpoints/step-000200"
+            ) from None
+        raise CheckpointError(
+            f"{path} cannot be read ({error}): name a step folder such as RUN/checkpoints/step-000200"
+        ) from None
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        names = {str(name): str(file) for name, file in files.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): take another step folder") from None
+    for file in names.values():
+        if Path(file).name != file or not file.endswith(".safetensors"):
+            raise CheckpointError(f"{path} names the file '{file}': only safetensors files beside it are read")
+    return names

@@ -1,0 +1,49 @@
+"""train.phases by the real command: parts are freed at their step, on both back ends, stopped or not."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mellow_ds.checkpoint.tensor_files import TensorFiles
+from mellow_ds.monitor.metrics import read_metrics
+from tests.cli.runs import TINY, forked
+
+pytestmark = pytest.mark.slow
+PHASES = "[{from_step: 0, train: [projector]}, {from_step: 3, train: [projector, decoder, encoder]}]"
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if record["kind"] == "step"]
+
+
+def train(shards: Path, run: Path, *more: object) -> str:
+    arguments = ["--config", "quickstart", "--data.shards", shards / "train", "--save-dir", run, *TINY]
+    ranks = forked("train.py", *arguments, "--train.phases", PHASES, *more, num_ranks=2)
+    for rank in ranks:
+        assert rank.returncode == 0, rank.stderr[-3000:]
+    return ranks[0].stderr
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    with TensorFiles(run / "checkpoints" / f"step-{step:06d}", "model") as files:
+        return {name: files.read(name).clone() for name in files.names()}
+
+
+def test_phases_train_what_they_name_and_a_stop_changes_nothing(shards: Path, tmp_path: Path) -> None:
+    said = train(shards, tmp_path / "ds", "--train.save_every_steps", 1, "--train.keep_checkpoints", 9)
+    assert "(projector);" in said
+    assert "(encoder, projector, decoder);" in said
+    by_step = {step: weights(tmp_path / "ds", step) for step in (1, 3, 6)}
+    moved = {
+        span: {name.split(".")[0] for name, weight in by_step[a].items() if not torch.equal(weight, by_step[b][name])}
+        for span, (a, b) in {"first": (1, 3), "second": (3, 6)}.items()
+    }
+    assert moved == {"first": {"projector"}, "second": {"projector", "decoder", "encoder"}}
+    for stop in (2, 4):
+        train(shards, tmp_path / "stopped", "--train.stop_at_step", stop)
+    train(shards, tmp_path / "stopped")
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "ds")
+    train(shards, tmp_path / "fsdp", "--engine", "fsdp", "--deepspeed_config", "ds_configs/zero3.json")
+    assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ds"), rel=1e-5)
+

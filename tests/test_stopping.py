@@ -1,0 +1,96 @@
+"""Signals become exit codes; a budget of wall clock leaves room for a step and a save."""
+
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from mellow_ds import stopping
+from mellow_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
+from mellow_ds.stopping import StopRequest, TimeBudget
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Signals are as they were afterwards."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGUSR1, EXIT_STOPPED), (signal.SIGTERM, EXIT_STOPPED), (signal.SIGINT, EXIT_INTERRUPTED)],
+)
+def test_signals_become_exit_codes(number: signal.Signals, code: int) -> None:
+    stop = StopRequest()
+    stop.listen()
+    signal.raise_signal(number)
+    assert stop.exit_code == code
+
+
+def test_ctrl_c_ends_the_start_at_once() -> None:
+    stop = StopRequest()
+    stop.listen(interrupt=False)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(signal.SIGINT)
+    signal.raise_signal(signal.SIGTERM)
+    assert stop.exit_code == EXIT_STOPPED
+
+
+def test_where_all_is_saved_a_signal_ends_the_process_with_its_code() -> None:
+    stop = StopRequest()
+    stop.listen()
+    with pytest.raises(SystemExit) as caught, stop.at_once():
+        signal.raise_signal(signal.SIGTERM)
+    assert caught.value.code == EXIT_STOPPED
+    with pytest.raises(SystemExit) as caught, stop.at_once():  # and so does one from before
+        pytest.fail("not reached")
+    assert caught.value.code == EXIT_STOPPED
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that stands at its only item."""
+    now = [100.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_budget_leaves_room_for_the_longest_step_and_save(clock: list[float]) -> None:
+    budget = TimeBudget(1.0, started=40.0)  # ends at 3640
+    budget.note_step()
+    for seconds in (30, 80, 20):
+        clock[0] += seconds
+        budget.note_step()
+    budget.note_save(40)
+    budget.note_save(30)
+    clock[0] = 3640 - 1.25 * (80 + 40) - 1
+    assert not budget.is_spent
+    clock[0] += 2
+    assert budget.is_spent
+
+
+def test_before_a_save_is_measured_a_tenth_of_the_budget_is_kept_at_most_a_minute(clock: list[float]) -> None:
+    for hours, kept in ((0.1, 36), (10, 60)):
+        clock[0] = 0.0
+        budget = TimeBudget(hours, started=0.0)
+        clock[0] = 3600 * hours
+        assert not budget.is_spent  # a run makes one step at least
+        clock[0] = 0.0
+        budget.note_step()
+        clock[0] = 1.0
+        budget.note_step()
+        clock[0] = 3600 * hours - 1.25 * (1 + kept) - 1
+        assert not budget.is_spent
+        clock[0] += 2
+        assert budget.is_spent
+
+
+def test_no_budget_is_never_spent(clock: list[float]) -> None:
+    budget = TimeBudget(0.0, started=0.0)
+    budget.note_step()
+    clock[0] = 1e9
+    budget.note_step()
+    assert not budget.is_spent
