@@ -1,0 +1,39 @@
+"""Bytes that a rank hands to the network in an optimizer step, by formula, in ring terms.
+
+A ring all-reduce of P numbers sends 2 P (N - 1) / N of them from each rank, a reduce (scatter) or an all-gather half of
+that. P counts trained parameters, a micro-batches make up a step; numbers are sent in the compute format. Counted on
+DeepSpeed 0.19.8 (tests/doctor/test_against_engines.py), in multiples of P (N - 1) / N:
+
+| stage | turns | what |
+| --- | --- | --- |
+| 0 | 2 | all-reduce of gradients, once a step |
+| 1 | 2 | reduce of gradients and all-gather of updated weights, once a step |
+| 2 | a + 1 | the same, but gradients in each micro-batch |
+| 3 | 3 a | in each micro-batch: all-gather of weights for the forward and for the backward pass, reduce of gradients |
+
+With DeepSpeed's default `use_multi_rank_bucket_allreduce` stages 1 and 2 all-reduce gradients instead: 3 and 2 a + 1.
+At stage 3 a model whose two passes stay below stage3_max_reuse_distance is gathered once a micro-batch: 2 a.
+"""
+
+
+def step_turns(stage: int, micro_batches: int = 1, all_reduces: bool = False, gathers: int = 2) -> int:
+    """Times that every trained number goes halfway around the ring.
+
+    `all_reduces`: use_multi_rank_bucket_allreduce is on; `gathers`: of the weights in a micro-batch at stage 3.
+    """
+    reduce = 2 if all_reduces else 1
+    return {0: 2, 1: reduce + 1, 2: reduce * micro_batches + 1, 3: (gathers + 1) * micro_batches}[stage]
+
+
+def step_bytes(
+    stage: int,
+    num_trained: int,
+    world: int,
+    number_bytes: int,
+    micro_batches: int = 1,
+    all_reduces: bool = False,
+    gathers: int = 2,
+) -> float:
+    """What each rank sends in a step."""
+    turns = step_turns(stage, micro_batches, all_reduces, gathers)
+    return number_bytes * turns * num_trained * (world - 1) / world
