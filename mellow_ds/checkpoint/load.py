@@ -14,6 +14,7 @@ from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER, random_file, read
 from mellow_ds.checkpoint.tensor_files import TensorFiles
 from mellow_ds.engine.protocol import Engine, ParameterState
 from mellow_ds.errors import CheckpointError
+from mellow_ds.model.lora import is_adapter, plain_name
 from mellow_ds.world import World
 
 
@@ -32,10 +33,27 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
     return state
 
 
+def open_weights(model: nn.Module, folder: Path) -> TensorFiles:
+    """The weights of a step folder by their names in `model`, one tensor at a time.
+
+    A model with adapters may start from a step without any: its own weights have other names then.
+    """
+    tensors = TensorFiles(folder, MODEL)
+    names = [name for name, _ in model.named_parameters()]
+    if any(map(is_adapter, names)) and not any(map(is_adapter, tensors.names())):
+        tensors.rename({plain_name(name): name for name in names})
+    return tensors
+
+
 def load_model_weights(model: nn.Module, folder: Path) -> None:
-    """Load all weights and buffers of a step folder into `model`; names and shapes must be equal."""
+    """Load all weights and buffers of a step folder into `model`; names and shapes must be equal.
+
+    Adapters that the step has not stay as they were drawn; parameters on the meta device stay there.
+    """
     wanted = model.state_dict(keep_vars=True)
-    with TensorFiles(folder, MODEL) as tensors, torch.no_grad():
+    with open_weights(model, folder) as tensors, torch.no_grad():
+        if not any(map(is_adapter, tensors.names())):
+            wanted = {name: tensor for name, tensor in wanted.items() if not is_adapter(name)}
         check_shapes(tensors, wanted)
         for name in tensors.names():
             wanted[name].copy_(tensors.read(name))

@@ -52,18 +52,25 @@ class TensorFiles:
                 odd = sorted(self._by_name.keys() ^ expected.keys())[0]
                 raise CheckpointError(f"{index} and the files that it names differ in {odd}: the step is damaged")
             self._stack = stack.pop_all()
+        self._stored = {name: name for name in self._by_name}  # by the name that it is called by, the one in its file
+
+    def rename(self, new_names: Mapping[str, str]) -> None:
+        """Call tensors by new names from now on; `new_names` by present name, others keep theirs."""
+        self._stored = {new_names.get(name, name): stored for name, stored in self._stored.items()}
 
     def names(self) -> list[str]:
         """All names, in no particular order."""
-        return list(self._by_name)
+        return list(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
-        return tuple(self._by_name[name].get_slice(name).get_shape())
+        stored = self._stored[name]
+        return tuple(self._by_name[stored].get_slice(stored).get_shape())
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, whole."""
-        return self._by_name[name].get_tensor(name)
+        stored = self._stored[name]
+        return self._by_name[stored].get_tensor(stored)
 
     def __enter__(self) -> "TensorFiles":
         return self

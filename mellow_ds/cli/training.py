@@ -10,11 +10,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
+from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights, open_weights
 from mellow_ds.checkpoint.peers import Peers
-from mellow_ds.checkpoint.step_folder import MODEL, read_state
+from mellow_ds.checkpoint.step_folder import read_state
 from mellow_ds.checkpoint.store import CheckpointStore
-from mellow_ds.checkpoint.tensor_files import TensorFiles
 from mellow_ds.cli.evaluation import evaluate_model, measure_engine
 from mellow_ds.config.load import dump_run_config
 from mellow_ds.config.schema import PARTS, RunConfig
@@ -186,7 +185,7 @@ def _weights_on_demand(
     if not has_meta(model):
         yield None
     elif start_from is not None:
-        with TensorFiles(start_from, MODEL) as files:
+        with open_weights(model, start_from) as files:
             yield files.read
     else:
         yield DecoderWeights(model.decoder, config.model.decoder.text_decoder).read

@@ -17,11 +17,15 @@ Train a small made-up model on CPU processes of this machine, by every back end 
 data, no GPU and no network. Ends with code 1 where something differs by more than it may.
 """
 _EXAMPLES = """
+equivalence: 20 steps by every back end, world size and accumulation, against plain PyTorch (10 minutes on 2 cores)
+resume:      N steps at once, against k steps, a checkpoint, and N - k by other processes
+checkpoints: a checkpoint of each back end and world, taken up by every other (most of an hour)
+
 examples:
-  mellow-ds verify equivalence --quick                  a sample: every back end, world size and accumulation once
-  mellow-ds verify equivalence --json equivalence.json  all of them (10 minutes on 2 cores)
-  mellow-ds verify resume                               N steps at once against k, a checkpoint, and N - k
-  mellow-ds verify checkpoints                          a checkpoint of each back end and world, loaded by every other
+  mellow-ds verify equivalence --quick
+  mellow-ds verify equivalence --worlds 1,2 --json equivalence.json
+  mellow-ds verify resume
+  mellow-ds verify checkpoints --quick
 """
 
 

@@ -119,6 +119,11 @@ def test_overrides_win_and_mellow_names_work_there_too() -> None:
         ({"model.encoder.use_pretrained_audioencoder": "true"}, r"pretrained_audioencoder_path is empty"),
         ({"model.encoder.fmax": "10"}, r"model\.encoder\.fmax is 10\.0; it must be above fmin"),
         ({"mode": "evaluate"}, r"mode is 'evaluate'; choose one of train, evaluate_checkpoint"),
+        ({"train.keep_best": "eval_loss"}, r"train\.evaluate_every_steps is 0: nothing measures it"),
+        (
+            {"train.keep_best": "eval_loss", "train.evaluate_every_steps": "7", "train.save_every_steps": "10"},
+            r"train\.save_every_steps \(10\) is no multiple of train\.evaluate_every_steps \(7\)",
+        ),
         ({"train.betas": "[0.9]"}, r"train\.betas holds 1 values; it takes 2"),
         ({"train.mixed_precision.mixed_precision_dtype": "int8"}, r"choose one of bfloat16, float16"),
     ],

@@ -1,0 +1,58 @@
+"""A run with adapters that starts from a step without any: the decoder's own weights, and new adapters."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mellow_ds.checkpoint.load import load_model_weights
+from mellow_ds.checkpoint.peers import Peers
+from mellow_ds.checkpoint.store import CheckpointStore
+from mellow_ds.errors import CheckpointError
+from mellow_ds.model.lora import draw_adapters
+from mellow_ds.model.modeling import MellowForConditionalGeneration
+from mellow_ds.verify.small import batch_of, small_model
+from mellow_ds.world import World
+from tests.engine.cases import make_engine
+from tests.ranks import run_ranks
+
+
+def with_adapters(rank: int = 2) -> MellowForConditionalGeneration:
+    config = small_model(seed=7).config
+    config.lora = {"rank": rank, "alpha": 4.0, "dropout": 0.0, "target_modules": ["all-linear"]}
+    torch.manual_seed(7)
+    model = MellowForConditionalGeneration(config)
+    draw_adapters(model.decoder, 3)
+    model.set_trainable(("decoder",))
+    return model.eval()
+
+
+def save(model: MellowForConditionalGeneration, folder: Path, world: World) -> Path:
+    engine = make_engine("fsdp", model, 0, world)
+    return CheckpointStore(folder, 1, Peers(world, engine.device)).save(1, engine, {})
+
+
+def check(world: World, folder: Path) -> None:
+    plain = small_model(seed=1).eval()
+    step = save(plain, folder / "plain", world)
+    model = with_adapters()
+    load_model_weights(model, step)
+    inputs = batch_of([1, 2, 3], plain.num_audio_tokens).model_inputs()
+    torch.testing.assert_close(model(**inputs).loss, plain(**inputs).loss)  # new adapters give nothing yet
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(0.1)
+    trained = save(model, folder / "adapted", world)
+    again = with_adapters()
+    load_model_weights(again, trained)
+    assert torch.equal(again.eval()(**inputs).loss, model.eval()(**inputs).loss)
+    assert not torch.allclose(again(**inputs).loss, plain(**inputs).loss)
+    with pytest.raises(CheckpointError, match="of another model"):
+        load_model_weights(small_model(seed=1), trained)
+    with pytest.raises(CheckpointError, match="of another model shape"):
+        load_model_weights(with_adapters(rank=3), trained)
+
+
+def test_a_step_without_adapters_starts_a_run_with_some(tmp_path: Path) -> None:
+    run_ranks(1, check, tmp_path)
