@@ -29,7 +29,7 @@ from mellow_ds.engine.optimizer import ADAM_MOMENTS, gradient_norm, parameter_gr
 from mellow_ds.engine.owner import Keeper, kept_by, shape_of
 from mellow_ds.engine.protocol import ParameterState
 from mellow_ds.engine.statistics import BatchNormStatistics
-from mellow_ds.engine.step import StepEngine, saved_buffers, trained
+from mellow_ds.engine.step import StepEngine, check_moments, saved_buffers, trained
 from mellow_ds.errors import ConfigError
 from mellow_ds.model.blocks import blocks_of
 from mellow_ds.model.meta import ReadWeight, has_meta, materialise
@@ -176,6 +176,7 @@ class DeepSpeedEngine(StepEngine):
             parameter = parameters.get(state.name)
             if parameter is None:
                 continue
+            check_moments(state, ADAM_MOMENTS)
             counts[id(parameter)] = state.num_updates
             if id(parameter) in flat:
                 pieces = flat[id(parameter)]

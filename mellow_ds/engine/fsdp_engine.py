@@ -28,7 +28,7 @@ from mellow_ds.engine.protocol import ParameterState
 from mellow_ds.engine.replicated import ReplicatedModel
 from mellow_ds.engine.sharded import ShardedModel, own_part, set_from_whole, whole_tensor
 from mellow_ds.engine.statistics import BatchNormStatistics
-from mellow_ds.engine.step import StepEngine, saved_buffers, trained
+from mellow_ds.engine.step import StepEngine, check_moments, saved_buffers, trained
 from mellow_ds.errors import ConfigError
 from mellow_ds.model.meta import ReadWeight
 
@@ -141,6 +141,7 @@ class FSDPEngine(StepEngine):
             parameter = parameters.get(state.name)
             if parameter is None:
                 continue
+            check_moments(state, moment_names(groups[id(parameter)]))
             counts[id(parameter)] = state.num_updates
             set_from_whole(parameter.data, state.weight)
             if not state.num_updates:

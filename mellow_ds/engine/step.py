@@ -15,8 +15,9 @@ from torch import nn
 from mellow_ds.data.batch import Batch
 from mellow_ds.engine.fault import RandomState, describe_fault
 from mellow_ds.engine.loss import LossSums, count_step, loss_for_backward
-from mellow_ds.engine.protocol import StepResult
+from mellow_ds.engine.protocol import ParameterState, StepResult
 from mellow_ds.engine.statistics import BatchNormStatistics
+from mellow_ds.errors import CheckpointError
 
 
 class StepEngine(ABC):
@@ -99,6 +100,15 @@ class StepEngine(ABC):
     @abstractmethod
     def _clip_and_step(self, max_grad_norm: float) -> float:
         """Clip, update the weights, forget the gradients; the norm before clipping, `inf` where nothing was updated."""
+
+
+def check_moments(state: ParameterState, wanted: Sequence[str]) -> None:
+    """Raise `CheckpointError` where a state is that of another optimizer than the one that is to go on with it."""
+    if state.num_updates and set(state.moments) != set(wanted):
+        raise CheckpointError(
+            f"the checkpoint has {', '.join(sorted(state.moments))} of {state.name}, but this run's optimizer keeps "
+            f"{', '.join(wanted)}: go on with the train.optimizer_type that it was saved with"
+        )
 
 
 def trained(model: nn.Module) -> Iterable[tuple[str, nn.Parameter]]:

@@ -8,7 +8,7 @@ import torch
 from mellow_ds.config.schema import PartRates
 from mellow_ds.engine.build import build_engine
 from mellow_ds.engine.protocol import ParameterState
-from mellow_ds.errors import ConfigError
+from mellow_ds.errors import CheckpointError, ConfigError
 from mellow_ds.verify.small import TRAIN, batch_of, small_model
 from mellow_ds.world import World
 from tests.engine.cases import EXAMPLES, make_engine, shape, train, with_train
@@ -89,6 +89,19 @@ def check_muon(world: World) -> None:
 
 def test_muon_on_whole_and_sharded_matrices() -> None:
     run_ranks(2, check_muon)
+
+
+def check_other_optimizer(world: World) -> None:
+    engine = make_engine("fsdp", small_model(seed=1), 0, world, 1, with_train(optimizer_type="Muon"))
+    train(engine, small_model(1).num_audio_tokens, world, 1, EXAMPLES[:1])
+    states = list(engine.parameter_states())
+    for kind in ("deepspeed", "fsdp"):
+        with pytest.raises(CheckpointError, match=r"has momentum_buffer of .*: go on with the train.optim"):
+            make_engine(kind, small_model(seed=1), 2, world, 1).load_parameter_states(iter(states))
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    run_ranks(1, check_other_optimizer)
 
 
 def one_step_of_muon() -> tuple[torch.Tensor, torch.Tensor]:
