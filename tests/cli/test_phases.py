@@ -46,4 +46,3 @@ def test_phases_train_what_they_name_and_a_stop_changes_nothing(shards: Path, tm
     assert losses(tmp_path / "stopped") == losses(tmp_path / "ds")
     train(shards, tmp_path / "fsdp", "--engine", "fsdp", "--deepspeed_config", "ds_configs/zero3.json")
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ds"), rel=1e-5)
-
