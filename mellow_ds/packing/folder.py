@@ -10,8 +10,8 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -46,7 +46,11 @@ class OutputFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Make the folder and keep other builds out; says in one line what hinders writing."""
+        """Make the folder and keep other builds out; says in one line what hinders writing.
+
+        What was made and is still empty in the end is removed, so that a mistake leaves nothing behind.
+        """
+        made = [folder for folder in (self.path, *self.path.parents) if not folder.exists()]
         with self._explain_errors():
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY)
@@ -55,6 +59,9 @@ class OutputFolder:
                 yield
             finally:
                 os.close(handle)
+                with suppress(OSError):  # not empty
+                    for folder in made:
+                        folder.rmdir()
 
     def _lock(self, handle: int) -> None:
         try:
@@ -94,6 +101,15 @@ class OutputFolder:
     def start_work(self) -> None:
         """Make the subfolder for work in progress, without what a killed worker left half written."""
         self.work.mkdir(exist_ok=True)
+        self._remove_parts()
+
+    def end_work(self) -> None:
+        """Remove what only this run needed; finished shards stay for the next."""
+        self._remove_parts()
+        with suppress(OSError):  # not empty, or not there
+            self.work.rmdir()
+
+    def _remove_parts(self) -> None:
         for pattern in (f"{_WORK_NAME}/*.part", f"{MANIFEST_NAME}.*.part", f"{REJECTED_NAME}.*.part"):
             for part in self.path.glob(pattern):
                 part.unlink(missing_ok=True)
@@ -113,11 +129,12 @@ class OutputFolder:
         path = self.work / name
         return path.is_file() and file_sha256(path) == sha256
 
-    def write_rejected(self, lines: list[str]) -> Path:
+    def write_rejected(self, lines: Iterable[bytes]) -> Path:
         """Write rejected.jsonl, also where nothing is rejected."""
         path = self.path / REJECTED_NAME
         with published(path) as file:
-            file.write("".join(f"{line}\n" for line in lines).encode())
+            for line in lines:
+                file.write(line + b"\n")
         return path
 
     def publish(self, made: Sequence[ShardInfo], manifest: Manifest) -> None:

@@ -1,11 +1,12 @@
 """Read a JSON file that holds a list, one entry at a time: the file is never in memory as a whole.
 
-A file that is no such list is read again at once, so that the message names line and column.
+A file that is no such list is read again at once, unless it is large, so that the message names line and column.
 """
 
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,11 @@ from typing import Any
 from mellow_ds.errors import PackingError
 
 _BLOCK_BYTES = 1 << 20
+_MOST_ENTRY_CHARS = 1 << 26  # of one entry; more is a quote that nothing closes, and would go on to the file's end
+_EXPLAINED_BYTES = 1 << 26  # of a file that is read again as a whole, to say where its fault is
 _BLANK = " \t\n\r"
+_BLANKS = re.compile(f"[{_BLANK}]*")
+_COMMA = re.compile(f"[{_BLANK}]*,[{_BLANK}]*(?=[^{_BLANK}])")
 _AFTER_ENTRY = (*_BLANK, ",", "]")
 _WANTED = "a JSON list of records (objects with filepath1 or clips, input, answer)"
 
@@ -59,6 +64,10 @@ class JsonList:
 
     def _explain(self) -> PackingError:
         try:
+            if self.path.stat().st_size > _EXPLAINED_BYTES:
+                return PackingError(
+                    f"{self.path} is no JSON list from about entry {self.num_entries} on; wanted is {_WANTED}"
+                )
             content = json.loads(self.path.read_bytes().decode("utf-8-sig"))
         except (ValueError, RecursionError, OSError) as error:
             return PackingError(f"{self.path} is not JSON ({error}); wanted is {_WANTED}")
@@ -81,7 +90,7 @@ class _Scanner:
         self._place = 0
         if len(self._text) < self._wanted_chars and not is_last:
             return
-        while self._skip_blanks():
+        while self._skip_comma() or self._skip_blanks():
             char = self._text[self._place]
             if self._next == "entry" or (self._next == "first" and char != "]"):
                 found, entry = self._take_entry(is_last)
@@ -94,9 +103,18 @@ class _Scanner:
         if is_last and self._next != "]":
             raise _NotAList  # it ends too early
 
+    def _skip_comma(self) -> bool:
+        """Over the comma after an entry and the blanks around it, at once: this is done for every entry."""
+        found = _COMMA.match(self._text, self._place) if self._next == "," else None
+        if found is None:
+            return False
+        self._next, self._place = "entry", found.end()
+        return True
+
     def _skip_blanks(self) -> bool:
-        while self._place < len(self._text) and self._text[self._place] in _BLANK:
-            self._place += 1
+        blanks = _BLANKS.match(self._text, self._place)
+        assert blanks is not None
+        self._place = blanks.end()
         return self._place < len(self._text)
 
     def _step(self, char: str) -> None:
@@ -114,7 +132,7 @@ class _Scanner:
             end = -1
         # what must follow is looked at too: a number may go on in the next block
         if end < 0 or self._text[end : end + 1] not in _AFTER_ENTRY:
-            if is_last:
+            if is_last or len(self._text) - self._place > _MOST_ENTRY_CHARS:
                 raise _NotAList
             self._wanted_chars = 2 * (len(self._text) - self._place)
             return False, None

@@ -6,11 +6,13 @@ error but a `Rejection`; a file that is no list of records is a `PackingError`.
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from sys import intern
 from typing import Any
+
+import msgspec
 
 from mellow_ds.errors import PackingError
 from mellow_ds.packing.json_list import JsonList
@@ -19,9 +21,8 @@ from mellow_ds.prompt import render_question
 MAX_CLIPS = 64  # clips of one question; more is a mistake in the file
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One question about one or more audio files."""
+class Record(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """One question about one or more audio files. A struct: a corpus has millions, and they are made in no time."""
 
     file: str  # name of the JSON file
     number: int  # position in that file, from 0
@@ -33,8 +34,7 @@ class Record:
     taskname: str
 
 
-@dataclass(frozen=True, order=True, slots=True)
-class Rejection:
+class Rejection(msgspec.Struct, frozen=True, array_like=True, tag=True):
     """A record that is left out, and why: a line of rejected.jsonl."""
 
     file: str
@@ -75,29 +75,42 @@ class _Unusable(Exception):
         self.reason, self.detail, self.path = reason, detail, path
 
 
-def read_records(
-    json_files: Sequence[str | Path], wanted: Callable[[Record | Rejection], bool] | None = None
-) -> RecordSet:
-    """All records of the files, in order, or those that are `wanted`; never a whole file in memory.
+class RecordStream:
+    """The records of JSON files, in order, one at a time: no file is ever in memory as a whole.
 
-    Raises `PackingError` naming a file that cannot be used as a whole.
+    What cannot be used comes as a `Rejection` in its place. `sources` are known when all has been walked through. It
+    can be walked through again, which reads the files again.
     """
-    if not json_files:
-        raise PackingError("no JSON file is given: name at least one with --json")
-    paths = [Path(file) for file in json_files]
-    found = RecordSet([], [], ())
-    sources = []
-    for path, name in zip(paths, _distinct_names(paths), strict=True):
-        entries = JsonList(path)
-        for number, entry in enumerate(entries):
-            record = _record_of(entry, name, number)
-            if wanted is None or wanted(record):
-                if isinstance(record, Record):
-                    found.records.append(record)
-                else:
-                    found.rejections.append(record)
-        sources.append(JsonSource(name, entries.sha256, entries.num_entries))
-    return RecordSet(found.records, found.rejections, tuple(sources))
+
+    def __init__(self, json_files: Sequence[str | Path]) -> None:
+        """Raises `PackingError` where no file is given, or one twice."""
+        if not json_files:
+            raise PackingError("no JSON file is given: name at least one with --json")
+        self._paths = [Path(file) for file in json_files]
+        self.names = _distinct_names(self._paths)
+        self.sources: tuple[JsonSource, ...] = ()
+
+    def __iter__(self) -> Iterator[Record | Rejection]:
+        """Raises `PackingError` naming a file that cannot be used as a whole."""
+        sources = []
+        for path, name in zip(self._paths, self.names, strict=True):
+            entries = JsonList(path)
+            for number, entry in enumerate(entries):
+                yield _record_of(entry, name, number)
+            sources.append(JsonSource(name, entries.sha256, entries.num_entries))
+        self.sources = tuple(sources)
+
+
+def read_records(json_files: Sequence[str | Path]) -> RecordSet:
+    """All records of files that memory holds, in order. Raises `PackingError` as `RecordStream` does."""
+    stream = RecordStream(json_files)
+    found: tuple[list[Record], list[Rejection]] = ([], [])
+    for record in stream:
+        if isinstance(record, Record):
+            found[0].append(record)
+        else:
+            found[1].append(record)
+    return RecordSet(*found, stream.sources)
 
 
 def _record_of(entry: Any, file: str, number: int) -> Record | Rejection:
@@ -132,12 +145,12 @@ def _parse_record(entry: Any, file: str, number: int) -> Record:
     return Record(
         file=file,
         number=number,
-        paths=tuple(intern(_inside_root(path)) for path in paths),
-        captions=tuple(map(intern, captions)),
-        input=intern(prompt),
+        paths=tuple(map(_inside_root, paths)),
+        captions=captions,
+        input=prompt,
         answer=answer,
-        subtype=intern(_text(entry, "subtype", "") or taskname),
-        taskname=intern(taskname),
+        subtype=_text(entry, "subtype", "") or taskname,
+        taskname=taskname,
     )
 
 
@@ -169,6 +182,8 @@ def _check_captions_answer(prompt: str, captions: tuple[str, ...], num_clips: in
 
 def _text(entry: dict[str, Any], field: str, default: str | None = None) -> str:
     value = entry.get(field)
+    if type(value) is str and value.isascii():  # nearly all, and this is called for every field of every record
+        return value
     if value is None:
         if default is not None:
             return default
@@ -193,6 +208,7 @@ def _checked_text(value: Any, field: str) -> str:
     return value
 
 
+@lru_cache(1 << 15)  # a path comes once with each of its questions
 def _inside_root(path: str) -> str:
     """The path with `/` between folders; refused where it could leave the audio root."""
     slashed = path.strip().replace("\\", "/")

@@ -1,12 +1,12 @@
 """Run shard plans in processes: what a worker does with one, and how many threads torch may have meanwhile."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mellow_ds.packing.shard_plan import ShardPlan
+from mellow_ds.packing.shard_plan import PlanFile, read_plan
 from mellow_ds.packing.shard_pool import each_shard
 from mellow_ds.packing.write import ShardNote, write_shard
 
@@ -15,30 +15,40 @@ _HEAVY = ("torchaudio", "webdataset")  # imported once for all workers: it takes
 
 @dataclass(frozen=True)
 class _Task:
-    """One shard for a worker."""
+    """One shard for a worker: where its plan and its questions are, so that a thousand tasks weigh nothing."""
 
-    plan: ShardPlan
-    mark: str  # fingerprint of the plan
+    plans: Path
+    plan_span: tuple[int, int]
+    questions: Path
+    versions: str  # of the libraries at work
     audio_root: Path
     folder: Path
 
 
 def write_shards(
-    plans: list[tuple[ShardPlan, str]], audio_root: Path, folder: Path, workers: int, bar: Any
+    plans: PlanFile,
+    missing: Sequence[int],
+    questions: Path,
+    versions: str,
+    audio_root: Path,
+    folder: Path,
+    workers: int,
+    bar: Any,
 ) -> list[ShardNote]:
-    """Write all plans (with their fingerprints) into `folder`; notes in the order of `plans`, `bar.update` each clip.
+    """Write the shards `missing` (numbers) into `folder`; notes in their order, `bar.update` for each clip.
 
-    One worker, or one shard, needs no process of its own. Raises `OSError` where writing fails, `FaultError` where a
-    worker was killed.
+    `questions`: the file that their questions stand in. One worker, or one shard, needs no process of its own. Raises
+    `OSError` where writing fails, `FaultError` where a worker was killed.
     """
-    tasks = [_Task(plan, mark, audio_root, folder) for plan, mark in plans]
+    tasks = [_Task(plans.path, plans.span(number), questions, versions, audio_root, folder) for number in missing]
     return each_shard(write_task, tasks, workers, bar, preload=_HEAVY)
 
 
 def write_task(task: _Task, count: Callable[[], None]) -> ShardNote:
     """Write one shard; `count` is called after each clip."""
     with _one_torch_thread():
-        return write_shard(task.plan, task.mark, task.audio_root, task.folder, count)
+        plan = read_plan(task.plans, task.plan_span)
+        return write_shard(plan, task.versions, task.questions, task.audio_root, task.folder, count)
 
 
 @contextmanager

@@ -2,33 +2,24 @@
 
 Runs in a worker process. Everything is written under a temporary name, synced, then renamed; the note comes last, so a
 shard with a note is whole. The note holds a fingerprint of what went in: a restarted build reuses a shard only for the
-same clips, questions and settings.
+same clips, questions and settings. In memory are the questions of one clip at a time.
 """
 
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from mellow_ds.packing.decode import BadClip, pack_clip, read_source
+from mellow_ds.packing.question_file import StoredQuestion, read_questions
 from mellow_ds.packing.settings import CODECS
 from mellow_ds.packing.shard_file import published, write_samples
 from mellow_ds.packing.shard_plan import PlannedClip, ShardPlan
 from mellow_ds.packing.survey import content_key, source_checksum
-from mellow_ds.shard_format import Question, SampleInfo, ShardInfo
-
-
-@dataclass(frozen=True)
-class DroppedQuestion:
-    """A question that is left out because one of its clips turned out bad when it was decoded."""
-
-    id: str
-    key: str  # of the bad clip
-    reason: str
-    detail: str
+from mellow_ds.shard_format import SampleInfo, ShardInfo
 
 
 @dataclass(frozen=True)
@@ -37,12 +28,16 @@ class ShardNote:
 
     fingerprint: str
     info: ShardInfo | None  # None where every question was dropped and no tar was written
-    keys: tuple[str, ...]
-    dropped: tuple[DroppedQuestion, ...]
+    bad: dict[str, tuple[str, str]] = field(default_factory=dict)  # key: (reason, detail) of clips that turned out bad
 
     def to_json(self) -> str:
         """JSON text; `read_note` is the inverse."""
         return json.dumps(dataclasses.asdict(self))
+
+
+def bad_place(question: StoredQuestion, bad: Collection[str]) -> int | None:
+    """Which of the clips of a question is the first that is among the `bad` keys; None: none is."""
+    return next((place for place, key in enumerate(question.clips) if key in bad), None) if bad else None
 
 
 def note_path(folder: Path, shard_name: str) -> Path:
@@ -55,22 +50,30 @@ def read_note(folder: Path, shard_name: str) -> ShardNote | None:
     try:
         content = json.loads(note_path(folder, shard_name).read_text(encoding="utf-8"))
         info = ShardInfo(**content["info"]) if content["info"] is not None else None
-        dropped = tuple(DroppedQuestion(**question) for question in content["dropped"])
-        return ShardNote(content["fingerprint"], info, tuple(content["keys"]), dropped)
-    except (OSError, ValueError, TypeError, KeyError):
+        bad = {key: (str(reason), str(detail)) for key, (reason, detail) in content["bad"].items()}
+        return ShardNote(content["fingerprint"], info, bad)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return None
 
 
 def write_shard(
-    plan: ShardPlan, fingerprint: str, audio_root: Path, folder: Path, on_clip: Callable[[], None]
+    plan: ShardPlan, versions: str, question_file: Path, audio_root: Path, folder: Path, on_clip: Callable[[], None]
 ) -> ShardNote:
     """Write tar, index and note into `folder`; `on_clip` is called after each clip. `OSError` where writing fails."""
-    with tempfile.TemporaryFile(dir=folder) as spool:
+    with question_file.open("rb", buffering=0) as questions, tempfile.TemporaryFile(dir=folder) as spool:
         packed, bad = _pack_clips(plan, audio_root, spool, on_clip)
-        kept, dropped = _drop_questions(plan, bad)
-        samples = _kept_samples(plan, kept, packed, spool)
-        info = write_samples(folder, plan.name, CODECS[plan.form.codec], samples, len(kept)) if kept else None
-    note = ShardNote(fingerprint, info, tuple(sorted(kept)), dropped)
+        faults = {key: (fault.reason, fault.detail) for key, fault in bad.items()}
+        kept: set[str] = set()  # clips that are still asked about
+
+        def keep(question: StoredQuestion) -> None:
+            if bad_place(question, faults) is None:
+                kept.update(question.clips)
+
+        note = ShardNote(plan.fingerprint(versions, questions, keep), None, faults)
+        if kept:
+            samples = _kept_samples(plan, questions, note, kept, packed, spool)
+            info = write_samples(folder, plan.name, CODECS[plan.form.codec], samples, len(kept))
+            note = dataclasses.replace(note, info=info)
     with published(note_path(folder, plan.name)) as file:
         file.write(note.to_json().encode())
     return note
@@ -109,32 +112,23 @@ def _is_same(payload: bytes, clip: PlannedClip) -> bool:
     return source_checksum(payload) == clip.checksum if clip.checksum else content_key(payload) == clip.key
 
 
-def _drop_questions(
-    plan: ShardPlan, bad: dict[str, BadClip]
-) -> tuple[dict[str, tuple[Question, ...]], tuple[DroppedQuestion, ...]]:
-    """(clips that are still asked about, each with its questions; questions with a bad clip)."""
-    staying: dict[str, list[Question]] = {}
-    dropped = []
-    for clip in plan.clips:
-        for question in clip.questions:
-            bad_key = next((key for key in question.clips if key in bad), None)
-            if bad_key is not None:
-                fault = bad[bad_key]
-                dropped.append(DroppedQuestion(question.id, bad_key, fault.reason, fault.detail))
-                continue
-            for key in question.clips:
-                staying.setdefault(key, [])
-            staying[clip.key].append(question)
-    return {key: tuple(questions) for key, questions in staying.items()}, tuple(dropped)
-
-
 def _kept_samples(
-    plan: ShardPlan, kept: dict[str, tuple[Question, ...]], packed: dict[str, _Packed], spool: IO[bytes]
+    plan: ShardPlan,
+    questions: BinaryIO,
+    note: ShardNote,
+    kept: set[str],
+    packed: dict[str, _Packed],
+    spool: IO[bytes],
 ) -> Iterator[tuple[SampleInfo, bytes]]:
     for clip in plan.clips:
         if clip.key not in kept:
             continue
+        own = tuple(
+            question.question
+            for question in read_questions(questions, clip.questions)
+            if bad_place(question, note.bad) is None
+        )
         place = packed[clip.key]
         spool.seek(place.offset)
-        info = SampleInfo(clip.key, clip.source, plan.form.sample_rate, place.num_frames, kept[clip.key])
+        info = SampleInfo(clip.key, clip.source, plan.form.sample_rate, place.num_frames, own)
         yield info, spool.read(place.num_bytes)

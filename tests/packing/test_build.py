@@ -18,6 +18,7 @@ import pytest
 import soundfile
 
 from mellow_ds.errors import PackingError
+from mellow_ds.packing import build as build_module
 from mellow_ds.packing.build import build_shards, run_build
 from mellow_ds.packing.settings import BuildSettings
 from mellow_ds.packing.survey import content_key
@@ -382,3 +383,85 @@ def test_stored_audio_is_the_source(corpus: Any) -> None:
     with tarfile.open(corpus.folder / "out" / "shard-000000.tar") as tar:
         audio = tar.extractfile(tar.next()).read()  # type: ignore[arg-type,union-attr]
     np.testing.assert_array_equal(soundfile.read(io.BytesIO(audio), dtype="int16")[0], samples)
+
+
+def test_a_mistake_leaves_no_folder(corpus: Any) -> None:
+    corpus.ask_tones(1)
+    (corpus.folder / "text.json").write_text("no list")
+    out = corpus.folder / "above" / "out"
+    with pytest.raises(PackingError, match="is not JSON"):
+        run_build([corpus.folder / "text.json"], corpus.root, out, BuildSettings(workers=1))
+    assert not out.parent.exists()
+    out.mkdir(parents=True)
+    with pytest.raises(PackingError, match="is not JSON"):
+        run_build([corpus.folder / "text.json"], corpus.root, out, BuildSettings(workers=1))
+    assert list(out.iterdir()) == [], "what was there before stays, with nothing in it"
+
+
+@pytest.mark.parametrize("num_parts", [0, 2])
+def test_json_that_changes_while_it_is_read_gives_one_state_or_an_error(
+    corpus: Any, folder_bytes: Any, num_parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus.ask_tones(4)
+    settings = {"max_rejected": 0.5, "num_parts": num_parts}
+    wanted = folder_bytes(build(corpus, out="wanted", **settings).folder)
+    survey_sources = build_module.survey_sources
+
+    def change_meanwhile(*arguments: Any) -> Any:
+        found = survey_sources(*arguments)
+        corpus.tone("late.wav")
+        corpus.records = [{**corpus.records[0], "filepath1": "late.wav"}, *corpus.records]
+        corpus.write()
+        return found
+
+    monkeypatch.setattr(build_module, "survey_sources", change_meanwhile)
+    if num_parts:  # reads the files a second time
+        with pytest.raises(PackingError, match="changed while it was read: start the build again"):
+            build(corpus, **settings)
+        assert not list((corpus.folder / "out").rglob("*.part"))
+    else:
+        assert folder_bytes(build(corpus, **settings).folder) == wanted
+
+
+@pytest.mark.parametrize("stage", ["survey_sources", "plan_shards", "write_shards"])
+def test_what_a_build_killed_before_its_shards_left_is_not_taken_for_its_work(
+    corpus: Any, folder_bytes: Any, stage: str
+) -> None:
+    corpus.ask_tones(9)
+    wanted = folder_bytes(build(corpus, out="wanted").folder)
+    code = (
+        "import os, signal, sys, mellow_ds.packing.build as build\n"
+        f"build.{stage} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "from shards.cli import main; main(sys.argv[1:])"
+    )
+    given = ["build", "--json", str(corpus.write()), "--audio-root", str(corpus.root), "--out"]
+    given += [str(corpus.folder / "out"), "--shard-megabytes", str(SMALL), "--workers", "1"]
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code, *given], cwd=root, capture_output=True, check=False, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    scratch = {path.name for path in (corpus.folder / "out" / ".build").iterdir()}
+    assert scratch >= {"files.part"}
+    for name in scratch:
+        (corpus.folder / "out" / ".build" / name).write_bytes(b"half written")
+    build(corpus)
+    assert folder_bytes(corpus.folder / "out") == wanted
+
+
+def test_a_finished_build_is_recognized_without_writing(corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    corpus.ask_tones(3)
+    build(corpus)
+    opened = Path.open
+
+    def read_only(self: Path, mode: str = "r", *arguments: Any, **options: Any) -> Any:
+        assert "w" not in mode
+        assert "a" not in mode
+        return opened(self, mode, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", lambda *_, **options: None if options["exist_ok"] else 1 / 0)
+    monkeypatch.setattr(Path, "open", read_only)
+    assert run_build(
+        [corpus.folder / "records.json"],
+        corpus.root,
+        corpus.folder / "out",
+        BuildSettings(workers=1, shard_megabytes=SMALL),
+    ).was_finished

@@ -1,5 +1,6 @@
 """The drop list: its form, and a build that keeps to it."""
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ import pytest
 
 from mellow_ds.errors import PackingError
 from mellow_ds.packing.build import run_build
-from mellow_ds.packing.drop_list import DropList, read_drop_list
+from mellow_ds.packing.drop_list import NameSet, read_drop_list
 from mellow_ds.packing.report import Report
 from mellow_ds.packing.settings import BuildSettings
 from mellow_ds.packing.survey import content_key
@@ -26,9 +27,22 @@ def test_kinds_are_told_apart_and_blank_lines_passed_over(tmp_path: Path) -> Non
     path = write(tmp_path, {"kind": "clip", "id": clip, "reason": "silent"}, {"kind": "question", "id": question})
     path.write_text(path.read_text() + "\n\n")
     found = read_drop_list(path)
-    assert (found.clips, found.questions) == ({clip}, {question})
-    assert len(found.sha256) == 64
-    assert read_drop_list(None) == DropList()
+    assert [(len(names), clip in names, question in names) for names in (found.clips, found.questions)] == [
+        (1, True, False),
+        (1, False, True),
+    ]
+    assert found.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+    nothing = read_drop_list(None)
+    assert (len(nothing.clips), len(nothing.questions), nothing.sha256) == (0, 0, "")
+
+
+def test_names_are_told_apart_to_their_last_digit() -> None:
+    names = ["00" * 16, "ab" * 15 + "00", "ab" * 14 + "0000", "ab" * 16]  # zeros at the end are easily lost
+    found = NameSet(bytes.fromhex("".join(names + names)))
+    assert len(found) == 4
+    assert sorted(found.place(name) for name in names) == [0, 1, 2, 3]  # type: ignore[type-var]
+    assert "ab" * 15 + "01" not in found
+    assert "00" * 16 not in NameSet()
 
 
 @pytest.mark.parametrize(

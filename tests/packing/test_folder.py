@@ -71,11 +71,11 @@ def test_a_build_killed_while_publishing_goes_on(corpus: Any, folder_bytes: Any)
 
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB."""
+    """A file system of 480 kB: one shard of the tests below, with what is needed to make it."""
     place = tmp_path / "disk"
     place.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
-    if os.geteuid() or libc.mount(b"none", os.fsencode(place), b"tmpfs", 0, b"size=400k"):
+    if os.geteuid() or libc.mount(b"none", os.fsencode(place), b"tmpfs", 0, b"size=480k"):
         pytest.skip("only root, where mounting is allowed, can make a small file system")
     yield place
     subprocess.run(["umount", str(place)], check=True)

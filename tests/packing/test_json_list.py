@@ -68,3 +68,15 @@ def test_a_file_that_is_no_text_or_not_there_is_named(tmp_path: Path) -> None:
         list(JsonList(path))
     with pytest.raises(PackingError, match=r"gone\.json cannot be read .*--json"):
         list(JsonList(tmp_path / "gone.json"))
+
+
+def test_a_large_file_is_not_read_whole_to_say_what_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json_list, "_EXPLAINED_BYTES", 100)
+    monkeypatch.setattr(json_list, "_MOST_ENTRY_CHARS", 1_000)
+    monkeypatch.setattr(json_list, "_BLOCK_BYTES", 300)
+    path = tmp_path / "records.json"
+    for fault in ("{]" + " " * 100, '{"never": "closed' + " " * 100_000):
+        path.write_text('[{"a": 1}, {"b": 2},' + fault)
+        entries = JsonList(path)
+        with pytest.raises(PackingError, match="no JSON list from about entry 2 on"):
+            list(entries)

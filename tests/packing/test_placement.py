@@ -2,10 +2,36 @@
 
 import hashlib
 import random
+import tracemalloc
+from dataclasses import dataclass
 
+import numpy as np
 import pytest
 
-from mellow_ds.packing.placement import Placement, place_clips
+from mellow_ds.packing.placement import Pairs, place_clips
+
+
+@dataclass
+class Placement:
+    """A placement by keys."""
+
+    shards: tuple[tuple[str, ...], ...]
+    home: dict[str, int]
+    replication: float
+
+
+def place(sizes: dict[str, int], partners: dict[str, list[str]], shard_bytes: int) -> Placement:
+    """`place_clips` of clips by their keys."""
+    names = sorted(sizes)
+    numbers = {name: number for number, name in enumerate(names)}
+    pairs = Pairs(len(names))
+    for name in sorted(partners):
+        pairs.add(numbers[name], sorted(numbers[other] for other in set(partners[name])))
+    pairs.finish()
+    found = place_clips(np.array([sizes[name] for name in names], np.int64), pairs, shard_bytes)
+    shards = tuple(tuple(names[number] for number in shard) for shard in found.shards)
+    home = {name: int(number) for name, number in zip(names, found.home, strict=True) if number >= 0}
+    return Placement(shards, home, found.replication)
 
 
 def keys(count: int) -> list[str]:
@@ -63,12 +89,12 @@ def test_any_graph_is_placed_whole(seed: int) -> None:
     asking = draw.sample(clips, draw.randint(0, len(clips)))
     partners = {key: [draw.choice(clips) for _ in range(draw.randint(0, 4))] for key in asking}
     shard_bytes = draw.choice((1, 60, 300, 100_000))
-    check(place_clips(sizes, partners, shard_bytes), sizes, partners, shard_bytes)
+    check(place(sizes, partners, shard_bytes), sizes, partners, shard_bytes)
 
 
 def test_clips_without_partners_are_stored_once_and_shards_are_full() -> None:
     sizes = dict.fromkeys(keys(100), 10)
-    placement = place_clips(sizes, {}, 95)
+    placement = place(sizes, {}, 95)
     assert placement.replication == 1
     assert [len(shard) for shard in placement.shards] == [9] * 11 + [1]
 
@@ -77,7 +103,7 @@ def test_pairs_fall_together() -> None:
     clips = keys(200)
     sizes = dict.fromkeys(clips, 10)
     partners = {clips[number]: [clips[number + 1]] for number in range(0, 200, 2)}
-    placement = place_clips(sizes, partners, 90)
+    placement = place(sizes, partners, 90)
     check(placement, sizes, partners, 90)
     assert placement.replication == 1
     assert all(len(shard) == 8 for shard in placement.shards)
@@ -87,7 +113,7 @@ def test_a_chain_costs_one_copy_a_cut() -> None:
     clips = keys(300)
     sizes = dict.fromkeys(clips, 1)
     partners = {clips[number]: [clips[number + 1]] for number in range(299)}
-    placement = place_clips(sizes, partners, 50)
+    placement = place(sizes, partners, 50)
     check(placement, sizes, partners, 50)
     assert sum(map(len, placement.shards)) - 300 <= 2 * (len(placement.shards) - 1)
 
@@ -98,7 +124,7 @@ def test_a_random_pair_graph_needs_fewer_copies_than_a_breadth_first_cut(degree:
     clips = keys(3_000)
     sizes = dict.fromkeys(clips, 1)
     partners = {key: draw.sample(clips, degree) for key in clips}
-    placement = place_clips(sizes, partners, 200)
+    placement = place(sizes, partners, 200)
     check(placement, sizes, partners, 200)
     reference = breadth_first_replication(sizes, partners, 200)
     assert placement.replication < reference
@@ -111,11 +137,43 @@ def test_the_order_of_the_arguments_does_not_matter() -> None:
     sizes = {key: draw.randint(1, 9) for key in clips}
     partners = {key: draw.sample(clips, 3) for key in clips}
     turned = {key: partners[key][::-1] for key in reversed(clips)}
-    assert place_clips(sizes, partners, 100) == place_clips(dict(reversed(sizes.items())), turned, 100)
+    assert place(sizes, partners, 100) == place(dict(reversed(sizes.items())), turned, 100)
 
 
 def test_nothing_gives_nothing() -> None:
-    assert place_clips({}, {}, 100) == Placement((), {})
+    assert place({}, {}, 100) == Placement((), {}, 0)
+
+
+def test_clips_of_no_size_are_not_placed() -> None:
+    found = place({"a": 10, "b": 0, "c": 10}, {"a": ["c"]}, 100)
+    assert (found.shards, found.home, found.replication) == ((("a", "c"),), {"a": 0, "c": 0}, 1)
+
+
+def test_pairs_are_told_from_both_sides() -> None:
+    pairs = Pairs(5)
+    pairs.add(1, [0, 1, 4])  # a question about a clip and itself is no pair
+    pairs.add(3, [0])
+    pairs.finish()
+    turned = pairs.turned()
+    assert [list(pairs.of(clip)) for clip in range(5)] == [[], [0, 4], [], [0], []]
+    assert [list(turned.of(clip)) for clip in range(5)] == [[1, 3], [], [], [], [1]]
+    again = Pairs.from_sorted(5, np.array([1, 1, 1, 3]), np.array([0, 1, 4, 0]))
+    assert [list(again.of(clip)) for clip in range(5)] == [[], [0, 4], [], [0], []]
+
+
+def test_the_number_of_bytes_held_for_a_clip_is_small() -> None:
+    draw = np.random.default_rng(0)
+    num_clips = 20_000
+    sizes = draw.integers(1, 9, num_clips)
+    others = draw.integers(0, num_clips, num_clips)
+    tracemalloc.start()
+    try:
+        partners = Pairs.from_sorted(num_clips, np.arange(num_clips), others)
+        place_clips(sizes, partners, 2_000)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 150 * num_clips
 
 
 def reason_aqa(bytes_a_second: int) -> tuple[dict[str, int], dict[str, list[str]]]:
@@ -132,6 +190,6 @@ def reason_aqa(bytes_a_second: int) -> tuple[dict[str, int], dict[str, list[str]
 @pytest.mark.parametrize("bytes_a_second", [43_000, 64_000])  # FLAC, 16-bit PCM at 32 kHz
 def test_reason_aqa_in_shards_of_a_gigabyte_needs_at_most_a_quarter_more(bytes_a_second: int) -> None:
     sizes, partners = reason_aqa(bytes_a_second)
-    placement = place_clips(sizes, partners, 10**9)
+    placement = place(sizes, partners, 10**9)
     check(placement, sizes, partners, 10**9)
     assert placement.replication <= 1.25

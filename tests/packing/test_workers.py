@@ -9,7 +9,7 @@ import torch
 
 from mellow_ds.errors import FaultError
 from mellow_ds.packing.build import build_shards
-from mellow_ds.packing.shard_plan import AudioForm, ShardPlan
+from mellow_ds.packing.shard_plan import AudioForm, PlanFile, ShardPlan
 from mellow_ds.packing.workers import write_shards
 
 
@@ -29,9 +29,13 @@ class KillingBar:
 
 @pytest.mark.slow
 def test_a_killed_worker_is_said_to_be_killed(corpus: Any) -> None:
-    plans = [(ShardPlan(f"shard-{number:06d}.tar", (), AudioForm(32_000, "flac")), "mark") for number in range(500)]
+    plans, questions = PlanFile(corpus.folder / "plans"), corpus.folder / "questions"
+    questions.touch()
+    with plans.path.open("wb") as file:
+        for number in range(500):
+            plans.add(ShardPlan(f"shard-{number:06d}.tar", (), AudioForm(32_000, "flac")), file)
     with pytest.raises(FaultError, match=r"worker process was killed.*fewer --workers"):
-        write_shards(plans, corpus.root, corpus.folder, 2, KillingBar())
+        write_shards(plans, range(500), questions, "1.0", corpus.root, corpus.folder, 2, KillingBar())
 
 
 def test_the_caller_keeps_its_torch_threads(corpus: Any) -> None:

@@ -11,6 +11,7 @@ import pytest
 import soundfile
 import webdataset
 
+from mellow_ds.packing.question_file import QuestionWriter, StoredQuestion, read_questions
 from mellow_ds.packing.shard_file import published
 from mellow_ds.packing.shard_plan import AudioForm, PlannedClip, ShardPlan
 from mellow_ds.packing.survey import content_key
@@ -22,19 +23,28 @@ def plan_of(corpus: Any, questions: dict[str, list[tuple[str, ...]]], codec: str
     """A plan for the files of `questions`, each with the questions (ids) that stand with it and their other clips."""
     keys = {name: content_key((corpus.root / name).read_bytes()) for name in questions}
     clips = []
-    for name, asked in questions.items():
-        own = tuple(
-            Question(f"{name}-{number}", (keys[name], *(keys[other] for other in others)), "tone?", "yes", "binary")
-            for number, others in enumerate(asked)
-        )
-        clips.append(PlannedClip(keys[name], name, own))
+    with QuestionWriter(corpus.folder / "questions", len(questions)) as file:
+        for place, (name, asked) in enumerate(questions.items()):
+            for number, others in enumerate(asked):
+                about = (keys[name], *(keys[other] for other in others))
+                numbers = tuple(range(len(about)))
+                file.add(
+                    place,
+                    StoredQuestion(0, number, numbers, f"{name}-{number}", about, "tone?", "yes", "binary", "", ()),
+                )
+            clips.append(PlannedClip(keys[name], name, file.span(place)))
     return ShardPlan("shard-000000.tar", tuple(sorted(clips, key=lambda clip: clip.key)), AudioForm(32_000, codec))
+
+
+def questions_of(corpus: Any, clip: PlannedClip) -> tuple[Question, ...]:
+    with (corpus.folder / "questions").open("rb", buffering=0) as file:
+        return tuple(stored.question for stored in read_questions(file, clip.questions))
 
 
 def write(corpus: Any, plan: ShardPlan) -> ShardNote:
     out = corpus.folder / "out"
     out.mkdir(exist_ok=True)
-    return write_shard(plan, "mark", corpus.root, out, lambda: None)
+    return write_shard(plan, "1.0", corpus.folder / "questions", corpus.root, out, lambda: None)
 
 
 @pytest.mark.parametrize(("codec", "extension"), [("flac", "flac"), ("pcm", "wav")])
@@ -52,7 +62,7 @@ def test_plain_webdataset_reads_what_was_planned(corpus: Any, codec: str, extens
             clip.key,
             clip.source,
             32_000,
-            clip.questions,
+            questions_of(corpus, clip),
         )
         stored, rate = soundfile.read(io.BytesIO(sample[extension]))
         original, _ = soundfile.read(corpus.root / clip.source)
@@ -113,11 +123,12 @@ def test_a_clip_that_turns_out_bad_takes_its_questions_with_it(corpus: Any) -> N
     )
     note = write(corpus, plan)
     keys = {clip.source: clip.key for clip in plan.clips}
-    assert note.keys == (keys["good.wav"],), "clips that nothing asks about any more go too"
-    assert sorted(question.id for question in note.dropped) == ["asks-bad.wav-0", "bad.wav-0", "good.wav-1"]
-    assert {(question.key, question.reason) for question in note.dropped} == {
-        (keys["bad.wav"], "samples are not finite")
-    }
+    with tarfile.open(corpus.folder / "out" / plan.name) as tar:
+        members = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    key = keys["good.wav"]
+    assert set(members) == {f"{key}.flac", f"{key}.json"}, "clips that nothing asks about any more go too"
+    assert [question.id for question in SampleInfo.from_json(members[f"{key}.json"], "").questions] == ["good.wav-0"]
+    assert {bad: reason for bad, (reason, _) in note.bad.items()} == {keys["bad.wav"]: "samples are not finite"}
 
 
 def test_a_shard_of_bad_clips_only_has_a_note_and_no_tar(corpus: Any) -> None:
@@ -131,7 +142,7 @@ def test_a_file_that_changed_since_it_was_hashed_is_not_packed_under_the_old_key
     corpus.tone("a.wav")
     plan = plan_of(corpus, {"a.wav": [()]})
     corpus.tone("a.wav", hertz=999)
-    assert [question.reason for question in write(corpus, plan).dropped] == ["changed while it was packed"]
+    assert [reason for reason, _ in write(corpus, plan).bad.values()] == ["changed while it was packed"]
 
 
 def test_the_note_comes_back_as_it_was_and_a_broken_one_counts_as_none(corpus: Any) -> None:
@@ -139,7 +150,12 @@ def test_the_note_comes_back_as_it_was_and_a_broken_one_counts_as_none(corpus: A
     note = write(corpus, plan_of(corpus, {"a.wav": [()]}))
     out = corpus.folder / "out"
     assert read_note(out, "shard-000000.tar") == note
-    for broken in ("", "{}", '{"fingerprint": "x", "info": 3, "keys": [], "dropped": []}'):
+    for broken in (
+        "",
+        "{}",
+        '{"fingerprint": "x", "info": 3, "bad": {}}',
+        '{"fingerprint": "x", "info": null, "bad": 3}',
+    ):
         (out / "shard-000000.done.json").write_text(broken)
         assert read_note(out, "shard-000000.tar") is None
 

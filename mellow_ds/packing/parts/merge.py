@@ -1,14 +1,14 @@
 """Join the parts of a build into one shard folder: the questions and clips of one build, though not its bytes.
 
 The shards keep their content and get new names; nothing is decoded. They are linked or copied into a work folder, then
-published as a build's are: the manifest comes last, so a merge that was killed is started again and goes on.
+published as a build's are: the manifest comes last, so a merge that was killed is started again and goes on. However
+many clips, questions and rejected records the parts have, only a bounded number of them is in memory.
 """
 
 import hashlib
-import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,13 +17,24 @@ from tqdm import tqdm
 
 from mellow_ds.errors import PackingError, ShardError
 from mellow_ds.packing.folder import REJECTED_NAME, OutputFolder
-from mellow_ds.packing.parts.part_set import Part, check_part, read_parts, rejected_lines, summed
-from mellow_ds.packing.parts.shard_copy import copy_shard, link_shard, rewrite_ids
-from mellow_ds.packing.parts.twins import Renaming, find_twins
+from mellow_ds.packing.parts.part_set import (
+    Part,
+    add_rejected,
+    count_clips,
+    index_parts,
+    read_parts,
+    rejected_line,
+    summed,
+)
+from mellow_ds.packing.parts.shard_copy import IdChanges, copy_shard, link_shard, rewrite_ids
+from mellow_ds.packing.parts.twins import Renamings, check_samples, find_twins
 from mellow_ds.packing.report import Report, check_rejected_share
 from mellow_ds.packing.settings import MergeSettings
 from mellow_ds.packing.shard_plan import shard_name
-from mellow_ds.shard_format import MANIFEST_NAME, Manifest, ShardInfo, index_name, read_index, read_manifest
+from mellow_ds.packing.sorted_runs import SortedRuns
+from mellow_ds.shard_format import MANIFEST_NAME, Manifest, ShardInfo, index_name, read_manifest
+
+_NOTHING: tuple[tuple[int, int] | None, Iterator[tuple[int, IdChanges]]] = (None, iter(()))
 
 
 def run_merge(parts: Sequence[str | Path], out: str | Path, settings: MergeSettings) -> Report:
@@ -66,19 +77,32 @@ def _merge(parts: list[Part], folder: OutputFolder, settings: MergeSettings) -> 
     if not settings.overwrite:
         _refuse_other(folder)
     sources = _joined_sources(parts)
-    lines = sorted((line for part in parts for line in rejected_lines(part)), key=_place_of_record)
     num_shards = sum(len(part.manifest.shards) for part in parts)
-    _check_rejected(sources, settings, folder.write_rejected(lines))
-    for part in parts:
-        check_part(part)
-    with _progress(settings, num_shards, "checking") as bar:
-        renamings = find_twins(parts, bar)
     folder.start_work()
-    with _progress(settings, num_shards, "joining") as bar:
-        shards = _bring_shards(parts, renamings, folder, settings.method, bar)
-    manifest = _joined_manifest(parts, shards, sources)
-    folder.publish(shards, manifest)
+    try:
+        _check_rejected(sources, settings, _join_rejected(parts, folder))
+        samples = index_parts(parts, folder.work)
+        num_clips = count_clips(parts, samples)
+        with _progress(settings, num_shards, "checking") as bar:
+            check_samples(parts, bar)
+        renamings = find_twins(parts, samples, folder.work)
+        with _progress(settings, num_shards, "joining") as bar:
+            shards = _bring_shards(parts, renamings, folder, settings.method, bar)
+        manifest = _joined_manifest(parts, shards, sources, num_clips)
+        folder.publish(shards, manifest)
+    finally:
+        folder.end_work()
     return manifest
+
+
+def _join_rejected(parts: Sequence[Part], folder: OutputFolder) -> Path:
+    """The rejected.jsonl of all parts, which is returned."""
+    runs = SortedRuns(folder.work, "rejected")
+    for part in parts:
+        add_rejected(part, runs)
+    path = folder.write_rejected(map(rejected_line, runs.merged()))
+    runs.remove()
+    return path
 
 
 def _refuse_other(folder: OutputFolder) -> None:
@@ -109,19 +133,18 @@ def _joined_sources(parts: Sequence[Part]) -> dict[str, Any]:
 
 
 def _bring_shards(
-    parts: Sequence[Part], renamings: Sequence[Renaming], folder: OutputFolder, method: str, bar: Any
+    parts: Sequence[Part], renamings: Renamings, folder: OutputFolder, method: str, bar: Any
 ) -> tuple[ShardInfo, ...]:
     """All shards of all parts in the work folder, under their final names."""
-    new_ids: dict[tuple[int, int], dict[str, list[tuple[str, str]]]] = {}
-    for change in renamings:
-        changes = new_ids.setdefault((change.part, change.shard), {}).setdefault(change.key, [])
-        changes.append((change.old_id, change.new_id))
+    to_rename = renamings.by_shard()
+    place, changes = next(to_rename, _NOTHING)
     shards: list[ShardInfo] = []
     for number, part in enumerate(parts):
-        for place, info in enumerate(part.manifest.shards):
+        for shard, info in enumerate(part.manifest.shards):
             name = shard_name(len(shards))
-            if changed := new_ids.get((number, place)):
-                shards.append(rewrite_ids(part.folder, info, folder.work, name, changed))
+            if place == (number, shard):
+                shards.append(rewrite_ids(part.folder, info, folder.work, name, changes))
+                place, changes = next(to_rename, _NOTHING)
             else:
                 bring = copy_shard if method == "copy" else link_shard
                 shards.append(bring(part.folder, info, folder.work, name))
@@ -129,27 +152,21 @@ def _bring_shards(
     return tuple(shards)
 
 
-def _joined_manifest(parts: Sequence[Part], shards: tuple[ShardInfo, ...], sources: dict[str, Any]) -> Manifest:
-    keys: set[bytes] = set()
+def _joined_manifest(
+    parts: Sequence[Part], shards: tuple[ShardInfo, ...], sources: dict[str, Any], num_clips: int
+) -> Manifest:
     subtypes: Counter[str] = Counter()
     for part in parts:
         subtypes.update(part.manifest.subtypes)
-        for shard in part.manifest.shards:
-            keys.update(read_index(part.folder, shard)["key"].tolist())
     return Manifest(
         sample_rate=parts[0].manifest.sample_rate,
         codec=parts[0].manifest.codec,
-        num_clips=len(keys),
+        num_clips=num_clips,
         num_questions=sum(part.manifest.num_questions for part in parts),
         subtypes=dict(sorted(subtypes.items())),
         shards=shards,
         sources=sources,
     )
-
-
-def _place_of_record(line: str) -> tuple[str, int, str]:
-    entry = json.loads(line)
-    return entry["file"], entry["record"], line
 
 
 def _remove_part(folder: Path) -> None:

@@ -1,17 +1,33 @@
 """The parts that a merge is given: whether they are all parts of one build, each there once and whole."""
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mellow_ds.errors import PackingError, ShardError
 from mellow_ds.packing.folder import REJECTED_NAME
+from mellow_ds.packing.hash_buckets import HashBuckets
+from mellow_ds.packing.packed_keys import PACKED_DTYPE, pack_keys
+from mellow_ds.packing.sorted_runs import SortedRuns
 from mellow_ds.shard_format import MANIFEST_NAME, Manifest, check_shard_size, read_index, read_manifest
 
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("key", PACKED_DTYPE),
+        ("part", "<u4"),  # position among the parts
+        ("shard", "<u4"),  # position in the part's manifest
+        ("row", "<u4"),  # position in the shard
+        ("num_questions", "<u4"),
+    ]
+)
 _MAX_NAMED = 10  # missing parts that are named
+_NUMBER_BYTES = 8  # of the number of a record, in front of its line
 
 
 @dataclass(frozen=True)
@@ -44,37 +60,78 @@ def read_parts(folders: Sequence[Path]) -> list[Part]:
     return sorted(parts, key=lambda part: part.number)
 
 
-def check_part(part: Part) -> None:
-    """Sizes of the tars, hashes and sums of the indexes; raises `PackingError` naming a fault."""
-    keys: set[bytes] = set()
-    try:
-        for shard in part.manifest.shards:
-            check_shard_size(part.folder, shard)
-            rows = read_index(part.folder, shard)
-            keys.update(rows["key"].tolist())
-            if int(rows["num_questions"].sum()) != shard.num_questions:
-                raise ShardError(f"{part.folder / shard.name}: its index counts other questions than {MANIFEST_NAME}")
-    except ShardError as error:
-        raise PackingError(f"{error} (part {part.number})") from None
-    sums = (len(keys), sum(shard.num_questions for shard in part.manifest.shards))
-    if sums != (part.manifest.num_clips, part.manifest.num_questions):
-        raise PackingError(
-            f"{part.folder} has {sums[0]} clips and {sums[1]} questions; its {MANIFEST_NAME} says "
-            f"{part.manifest.num_clips} and {part.manifest.num_questions}: build part {part.number} anew"
-        )
+def index_parts(parts: Sequence[Part], work: Path) -> HashBuckets:
+    """All samples of all parts, after a look at the sizes of the tars and the hashes and sums of the indexes.
+
+    `work`: a folder to write into. Raises `PackingError` naming a fault.
+    """
+    num_samples = sum(shard.num_samples for part in parts for shard in part.manifest.shards)
+    samples = HashBuckets(work, "samples", SAMPLE_DTYPE, num_samples)
+    for number, part in enumerate(parts):
+        try:
+            for shard in range(len(part.manifest.shards)):
+                samples.add(_checked_rows(part, number, shard))
+        except ShardError as error:
+            raise PackingError(f"{error} (part {part.number})") from None
+    return samples
 
 
-def rejected_lines(part: Part) -> list[str]:
-    """The lines of the part's rejected.jsonl; `PackingError` where there are not as many as its manifest says."""
+def _checked_rows(part: Part, number: int, shard: int) -> np.ndarray:
+    """[num_samples] of a shard, as SAMPLE_DTYPE."""
+    info = part.manifest.shards[shard]
+    check_shard_size(part.folder, info)
+    index = read_index(part.folder, info)
+    if int(index["num_questions"].sum()) != info.num_questions:
+        raise ShardError(f"{part.folder / info.name}: its index counts other questions than {MANIFEST_NAME}")
+    rows = np.zeros(len(index), SAMPLE_DTYPE)
+    rows["key"], rows["part"], rows["shard"] = pack_keys(index["key"]), number, shard
+    rows["row"], rows["num_questions"] = np.arange(len(index)), index["num_questions"]
+    return rows
+
+
+def count_clips(parts: Sequence[Part], samples: HashBuckets) -> int:
+    """Different clips of all parts; raises `PackingError` where those of a part are not as its manifest counts."""
+    num_clips, of_parts = 0, np.zeros(len(parts), np.int64)
+    for rows in samples.buckets():
+        is_first = np.ones(len(rows), bool)
+        is_first[1:] = rows["key"][1:] != rows["key"][:-1]
+        num_clips += int(is_first.sum())
+        is_first[1:] |= rows["part"][1:] != rows["part"][:-1]
+        of_parts += np.bincount(rows["part"][is_first], minlength=len(parts))
+    for part, found in zip(parts, of_parts.tolist(), strict=True):
+        sums = (found, sum(shard.num_questions for shard in part.manifest.shards))
+        if sums != (part.manifest.num_clips, part.manifest.num_questions):
+            raise PackingError(
+                f"{part.folder} has {sums[0]} clips and {sums[1]} questions; its {MANIFEST_NAME} says "
+                f"{part.manifest.num_clips} and {part.manifest.num_questions}: build part {part.number} anew"
+            )
+    return num_clips
+
+
+def add_rejected(part: Part, runs: SortedRuns) -> None:
+    """Add the lines of the part's rejected.jsonl, so that they come out by file name and number (`rejected_line`).
+
+    Raises `PackingError` where there are not as many as the part's manifest says.
+    """
     path = part.folder / REJECTED_NAME
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as error:
-        raise PackingError(f"{path} cannot be read ({error}): build part {part.number} anew") from None
     wanted = sum(part.manifest.sources["rejected"].values())
-    if len(lines) != wanted:
-        raise PackingError(f"{path} has {len(lines)} lines; wanted are {wanted}: build part {part.number} anew")
-    return lines
+    try:
+        with path.open("rb") as file:
+            num_lines = sum(1 for _ in file)
+        if num_lines != wanted:
+            raise PackingError(f"{path} has {num_lines} lines; wanted are {wanted}: build part {part.number} anew")
+        with path.open("rb") as file:
+            for line in file:
+                entry = json.loads(line)
+                place = entry["file"].encode() + b"\0" + entry["record"].to_bytes(_NUMBER_BYTES, "big")
+                runs.add(place + line.rstrip(b"\n"))
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+        raise PackingError(f"{path} cannot be read ({error}): build part {part.number} anew") from None
+
+
+def rejected_line(item: bytes) -> bytes:
+    """The line of an item that `add_rejected` added."""
+    return item[item.index(b"\0") + 1 + _NUMBER_BYTES :]
 
 
 def summed(parts: Sequence[Part], name: str) -> dict[str, int]:

@@ -2,7 +2,7 @@
 
 import hashlib
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from mellow_ds.errors import PackingError
 from mellow_ds.packing.shard_file import published
 from mellow_ds.shard_format import ShardInfo, index_name, read_index, sample_checksum
 
+IdChanges = list[tuple[str, str]]  # (old, new) ids of questions
 _BLOCK_BYTES = 1 << 20
 
 
@@ -49,9 +50,9 @@ def _copy(source: Path, target: Path, sha256: str) -> None:
 
 
 def rewrite_ids(
-    folder: Path, info: ShardInfo, target: Path, name: str, new_ids: Mapping[str, Sequence[tuple[str, str]]]
+    folder: Path, info: ShardInfo, target: Path, name: str, new_ids: Iterable[tuple[int, IdChanges]]
 ) -> ShardInfo:
-    """Copy a shard with other question ids: `new_ids` are (old, new) by the key of the clip that they stand with.
+    """Copy a shard with other question ids: `new_ids` are by the row of the sample in the index.
 
     Ids have one length, so every offset stays; checksums, index and hashes are made anew.
     """
@@ -60,15 +61,15 @@ def rewrite_ids(
         with (folder / info.name).open("rb") as file:
             while block := file.read(_BLOCK_BYTES):
                 copy.write(block)
-            for row in rows:
-                if changes := new_ids.get(row["key"].decode()):
-                    file.seek(int(row["audio_offset"]))
-                    audio = file.read(int(row["audio_bytes"]))
-                    file.seek(int(row["json_offset"]))
-                    text = _replace_ids(file.read(int(row["json_bytes"])), changes)
-                    copy.seek(int(row["json_offset"]))
-                    copy.write(text)
-                    row["checksum"] = sample_checksum(audio, text)
+            for number, changes in new_ids:
+                row = rows[number]
+                file.seek(int(row["audio_offset"]))
+                audio = file.read(int(row["audio_bytes"]))
+                file.seek(int(row["json_offset"]))
+                text = _replace_ids(file.read(int(row["json_bytes"])), changes)
+                copy.seek(int(row["json_offset"]))
+                copy.write(text)
+                row["checksum"] = sample_checksum(audio, text)
         copy.flush()
         sha256 = file_sha256(Path(copy.name))
     index = io.BytesIO()
@@ -78,7 +79,7 @@ def rewrite_ids(
     return replace(info, name=name, sha256=sha256, index_sha256=hashlib.sha256(index.getvalue()).hexdigest())
 
 
-def _replace_ids(text: bytes, changes: Sequence[tuple[str, str]]) -> bytes:
+def _replace_ids(text: bytes, changes: IdChanges) -> bytes:
     for old, new in changes:
         # quotes within a JSON string are escaped, so this can stand nowhere else
         before, after = f'"id":"{old}"'.encode(), f'"id":"{new}"'.encode()

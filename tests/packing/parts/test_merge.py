@@ -16,10 +16,12 @@ import pytest
 
 from mellow_ds.errors import PackingError
 from mellow_ds.packing.build import run_build
+from mellow_ds.packing.hash_buckets import HashBuckets
 from mellow_ds.packing.parts import merge as merge_module
 from mellow_ds.packing.parts.merge import run_merge
 from mellow_ds.packing.report import Report
 from mellow_ds.packing.settings import BuildSettings, MergeSettings
+from mellow_ds.packing.sorted_runs import SortedRuns
 from mellow_ds.packing.verify import verify_shards
 from mellow_ds.shard_format import MANIFEST_NAME, Question, SampleInfo, read_index, read_manifest
 
@@ -222,6 +224,40 @@ def test_a_question_in_two_shards_of_a_part_is_found(corpus: Any) -> None:
     path.write_text(json.dumps(manifest))
     with pytest.raises(PackingError, match="holds a question twice: build part 0 anew"):
         merge(corpus, [part])
+
+
+def test_a_merge_that_is_refused_leaves_no_folder(corpus: Any) -> None:
+    corpus.ask_tones(6)
+    parts = build_parts(corpus)
+    with pytest.raises(PackingError, match="are missing"):
+        merge(corpus, parts[:1])
+    assert not (corpus.folder / "merged").exists()
+
+
+def test_a_part_whose_rejected_records_cannot_be_read_is_named(corpus: Any) -> None:
+    ask_with_faults(corpus)
+    parts = build_parts(corpus)
+    path = next(part for part in parts if (part / "rejected.jsonl").stat().st_size) / "rejected.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    for broken in (b"{}\n", b"text\n", b"3\n", b'{"file": "r.json", "record": -1}\n'):
+        path.write_bytes(b"".join([broken, *lines[1:]]))
+        with pytest.raises(PackingError, match=r"rejected\.jsonl cannot be read .*build part \d anew"):
+            merge(corpus, parts)
+    assert not (corpus.folder / "merged").exists()
+
+
+def test_many_twins_in_small_buckets_come_out_as_in_one_build(corpus: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(6):
+        corpus.tone(f"tone-{number}.wav", hertz=300 + 50 * number)
+        for copy in range(7):
+            shutil.copy(corpus.root / f"tone-{number}.wav", corpus.root / f"{copy}-{number}.wav")
+            for _ in range(2):
+                corpus.ask(f"{copy}-{number}.wav")
+                corpus.ask(f"{copy}-{number}.wav", f"{copy}-{(number + 1) % 6}.wav", subtype="pair")
+    whole = build(corpus, "whole")
+    monkeypatch.setattr(HashBuckets.__init__, "__defaults__", (100,))
+    monkeypatch.setattr(SortedRuns.__init__, "__defaults__", (200,))
+    same_but_for_shards(merge(corpus, build_parts(corpus, num_parts=5)), whole)
 
 
 def test_the_share_of_rejected_records_is_that_of_all_parts(corpus: Any) -> None:

@@ -3,11 +3,16 @@
 import hashlib
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from mellow_ds.packing.parts.split import PathGraph, part_folder, read_graph, read_part, split_paths
+from mellow_ds.packing.catalogue import Catalogue
+from mellow_ds.packing.parts import split as split_module
+from mellow_ds.packing.parts.split import PathGraph, part_folder, share_of_part, split_paths
+from mellow_ds.packing.records import Record, RecordStream, Rejection
 from mellow_ds.packing.settings import BuildSettings
 
 
@@ -18,10 +23,21 @@ def pairs(count: int, seed: int = 0) -> tuple[dict[str, int], dict[str, list[str
     return {name: draw.randint(100, 300) for name in names}, {name: [draw.choice(names)] for name in names}
 
 
+def split(sizes: dict[str, int], partners: dict[str, list[str]], num_parts: int) -> dict[str, int]:
+    """`split_paths` of files by their paths."""
+    with Catalogue(None) as catalogue:
+        numbers = {path: catalogue.number_of(path) for path in sizes}
+        graph = PathGraph()
+        for path, others in partners.items():
+            graph.add([numbers[path], *(numbers[other] for other in others)])
+        part_of = split_paths(np.array(list(sizes.values()), np.int64), catalogue, *graph.pairs(), num_parts)
+        return {path: int(part_of[number]) for path, number in numbers.items()}
+
+
 @pytest.mark.parametrize("num_parts", [1, 2, 7, 40])
 def test_parts_are_of_like_size_and_few_pairs_cross(num_parts: int) -> None:
     sizes, partners = pairs(4_000)
-    part_of = split_paths(sizes, partners, num_parts)
+    part_of = split(sizes, partners, num_parts)
     assert set(part_of) == set(sizes)
     stored = [set[str]() for _ in range(num_parts)]
     for name, part in part_of.items():
@@ -40,13 +56,13 @@ def test_parts_are_of_like_size_and_few_pairs_cross(num_parts: int) -> None:
 def test_the_split_does_not_hang_on_the_order_of_its_arguments() -> None:
     sizes, partners = pairs(300)
     turned = dict(reversed(sizes.items())), dict(reversed(partners.items()))
-    assert split_paths(*turned, 5) == split_paths(sizes, partners, 5)
+    assert split(*turned, 5) == split(sizes, partners, 5)
 
 
 def test_more_parts_than_files_leave_some_empty() -> None:
-    part_of = split_paths({"a": 10, "b": 10, "gone": 0}, {"a": ["b"]}, 50)
+    part_of = split({"a": 10, "b": 10, "gone": 0}, {"a": ["b"]}, 50)
     assert all(0 <= part < 50 for part in part_of.values())
-    assert split_paths({}, {}, 3) == {}
+    assert split({}, {}, 3) == {}
 
 
 def write(folder: Path, count: int) -> Path:
@@ -61,24 +77,47 @@ def write(folder: Path, count: int) -> Path:
 
 
 def test_every_record_and_every_rejection_is_in_one_part(tmp_path: Path) -> None:
-    path = write(tmp_path, 40)
-    graph, whole = read_graph([path])
-    assert graph.paths == {f"{number}.wav" for number in range(40)}
-    assert whole.records == whole.rejections == []
-    part_of = split_paths(dict.fromkeys(graph.paths, 100), graph.partners, 3)
-    found = [read_part([path], part_of, BuildSettings(num_parts=3, part=part)) for part in range(3)]
-    assert sorted(record.number for part in found for record in part.records) == list(range(0, 80, 2))
-    assert sorted(rejection.record for part in found for rejection in part.rejections) == list(range(1, 80, 2))
-    assert all(part.records for part in found)
-    assert all(part.sources == whole.sources for part in found), "each names the whole input"
-    for number, part in enumerate(found):
-        assert all(part_of[record.paths[0]] == number for record in part.records)
+    stream = RecordStream([write(tmp_path, 40)])
+    found: list[list[Record | Rejection]] = []
+    with Catalogue(None) as catalogue:
+        graph = PathGraph()
+        for record in stream:
+            if isinstance(record, Record):
+                graph.add([catalogue.number_of(path) for path in record.paths])
+        assert {path for _, path in catalogue.in_order()} == {f"{number}.wav" for number in range(40)}
+        sizes = np.full(len(catalogue), 100)
+        for part in range(3):
+            share = share_of_part(graph, sizes, catalogue, BuildSettings(num_parts=3, part=part))
+            found.append(list(share.records(stream, catalogue)))
+            asked = {path for record in found[-1] if isinstance(record, Record) for path in record.paths}
+            assert {path for number, path in catalogue.in_order() if share.files[number]} == asked
+
+    def numbers(kind: type, records: Iterable[Record | Rejection]) -> list[int]:
+        return [
+            record.number if isinstance(record, Record) else record.record
+            for record in records
+            if isinstance(record, kind)
+        ]
+
+    assert sorted(number for part in found for number in numbers(Record, part)) == list(range(0, 80, 2))
+    assert sorted(number for part in found for number in numbers(Rejection, part)) == list(range(1, 80, 2))
+    assert all(numbers(Record, part) for part in found)
+    homes = [{record.paths[0] for record in part if isinstance(record, Record)} for part in found]
+    assert sum(map(len, homes)) == len(set.union(*homes)), "a path is in front in one part only"
 
 
-def test_a_graph_keeps_no_record(tmp_path: Path) -> None:
+def test_a_graph_knows_each_pair_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(split_module, "_PAIRS_AT_ONCE", 10)
+    draw = random.Random(0)
+    asked = [[draw.randrange(30) for _ in range(draw.randint(1, 4))] for _ in range(1_000)]
     graph = PathGraph()
-    assert graph.add(read_part([write(tmp_path, 2)], {"0.wav": 0}, BuildSettings(num_parts=1)).records[0]) is False
-    assert (graph.paths, graph.partners) == ({"0.wav"}, {})
+    for paths in asked:
+        graph.add(paths)
+    wanted = sorted({(first, other) for first, *others in asked for other in others})
+    assert np.stack(graph.pairs(), axis=1).tolist() == [list(pair) for pair in wanted]
+    assert [bool(flag) for flag in graph.is_first] == [
+        any(first == number for first, *_ in asked) for number in range(len(graph.is_first))
+    ]
 
 
 def test_a_part_has_a_folder_of_its_own() -> None:
