@@ -103,12 +103,14 @@ class OrderedLoader(Generic[Item]):
     def __next__(self) -> Item:
         try:
             item = next(self._iterator)
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            # a process that is killed while it hands something over resets the connection; else the DataLoader notices
+            if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
                 raise
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise FaultError(
-                f"a loader process died ({str(error).splitlines()[0]}): it was killed, most often for memory; "
-                "lower train.num_workers or train.batch_size"
+                f"a loader process died ({reason}): it was killed, most often for memory; lower train.num_workers or "
+                "train.batch_size"
             ) from error
         if isinstance(item, _Failure):
             raise item.error from RuntimeError(f"in a loader process:\n{item.trace}")

@@ -4,8 +4,8 @@ import importlib.util
 from pathlib import Path
 
 import pytest
-from safetensors import safe_open
 
+from mellow_ds.checkpoint.tensor_files import TensorFiles
 from mellow_ds.monitor.metrics import read_metrics
 from tests.cli.runs import forked
 
@@ -38,12 +38,9 @@ def test_mellow_recipe_trains_stops_and_resumes(gguf_file: Path, shards: Path, t
     assert len(losses) == 4
     assert losses[-1] < losses[0]
     step = tmp_path / "checkpoints" / "step-000004"
-    with (
-        safe_open(step / "model.safetensors", framework="pt") as model,
-        safe_open(step / "optimizer.safetensors", framework="pt") as optimizer,
-    ):
-        names = set(model.keys())
-        trained = {key.split("::")[0] for key in optimizer.keys()}  # noqa: SIM118
+    with TensorFiles(step, "model") as model, TensorFiles(step, "optimizer") as optimizer:
+        names = set(model.names())
+        trained = {key.split("::")[0] for key in optimizer.names()}
     assert len([name for name in names if name.startswith("encoder.")]) > 200  # the frozen encoder is there once
     assert not [name for name in trained if name.startswith("encoder.")]  # and has no optimizer state
     assert "decoder.model.embed_tokens.weight" in trained

@@ -95,6 +95,20 @@ def test_errors_come_out_as_they_were_raised() -> None:
     loader.close()
 
 
+def reset_at_three(number: int) -> int:
+    if number == 3:
+        raise ConnectionResetError(104, "Connection reset by peer")
+    return number
+
+
+def test_a_connection_that_a_killed_process_resets_is_that_error_too() -> None:
+    """Tensors are handed over by their file descriptors, which the process is asked for when it may be gone."""
+    loader = OrderedLoader(reset_at_three, range(9), num_workers=0, items_ahead=1)
+    assert [next(loader) for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(FaultError, match=r"a loader process died .*Connection reset by peer.*lower train\.num_workers"):
+        next(loader)
+
+
 @on_linux
 def test_a_killed_loader_process_is_an_error_not_a_hang(loader: OrderedLoader) -> None:
     _, victim = next(loader)
