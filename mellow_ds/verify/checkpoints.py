@@ -12,7 +12,8 @@ from pathlib import Path
 
 from mellow_ds.verify.back_ends import BACK_ENDS, BackEnd
 from mellow_ds.verify.corpus import Corpus, make_corpus
-from mellow_ds.verify.resume import TOLERANCE, Say, examples, largest_relative, launch
+from mellow_ds.verify.reference import largest_relative
+from mellow_ds.verify.resume import TOLERANCE, Say, examples, launch
 from mellow_ds.verify.runs import Notes, Part
 from mellow_ds.verify.step_files import StepDifference, compare_steps
 from mellow_ds.verify.table import markdown_table

@@ -4,7 +4,6 @@ Differences of losses and gradient norms are relative to the reference's of the 
 absolute, the largest over all numbers of all trained weights. Frozen weights and buffers must be those that were there.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +16,7 @@ from mellow_ds.engine.sharded import whole_tensor
 from mellow_ds.errors import FaultError
 from mellow_ds.verify.back_ends import BACK_ENDS, BackEnd
 from mellow_ds.verify.processes import run_ranks
-from mellow_ds.verify.reference import Trajectory, arrays, train_plainly
+from mellow_ds.verify.reference import Trajectory, arrays, largest, largest_relative, train_plainly
 from mellow_ds.verify.small import TRAIN, small_model
 from mellow_ds.verify.steps import examples_of, learning_rate_of, micro_batches
 from mellow_ds.verify.table import markdown_table
@@ -131,9 +130,9 @@ def difference(case: Case, found: Trajectory, reference: Trajectory) -> Differen
         raise FaultError(f"{case}: its weights are not those of the reference by name")
     return Difference(
         case,
-        _largest_relative(found.losses, reference.losses),
-        _largest_relative(found.grad_norms, reference.grad_norms),
-        max(float(np.abs(found.weights[name] - weight).max()) for name, weight in reference.weights.items()),
+        largest_relative(found.losses, reference.losses),
+        largest_relative(found.grad_norms, reference.grad_norms),
+        largest(float(np.abs(found.weights[name] - weight).max()) for name, weight in reference.weights.items()),
         same,
     )
 
@@ -143,11 +142,6 @@ def _tied() -> set[str]:
     model = small_model(_SEED)
     every = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return every - {name for name, _ in model.named_parameters()}
-
-
-def _largest_relative(found: Sequence[float], wanted: Sequence[float]) -> float:
-    differences = [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
-    return math.inf if any(math.isnan(value) for value in differences) else max(differences)
 
 
 def table(differences: Sequence[Difference]) -> str:

@@ -1,6 +1,7 @@
 """The steps in plain PyTorch: one process, one batch, torch's AdamW, its own loss. Knows nothing of the engines."""
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -57,3 +58,13 @@ def plain_loss(model: MellowForConditionalGeneration, numbers: list[int]) -> tor
     inputs = {**batch.model_inputs(), "labels": None, "use_cache": False}
     logits = model(**inputs).logits
     return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten())
+
+
+def largest_relative(found: Sequence[float], wanted: Sequence[float]) -> float:
+    """Largest difference over the numbers, each relative to what was wanted; infinite where one is not a number."""
+    return largest(abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True))
+
+
+def largest(differences: Iterable[float]) -> float:
+    """The largest; infinite where one is not a number (which Python's `max` may pass over)."""
+    return max(math.inf if math.isnan(difference) else difference for difference in differences)

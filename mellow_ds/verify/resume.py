@@ -12,6 +12,7 @@ from pathlib import Path
 from mellow_ds.verify.back_ends import BACK_ENDS, BackEnd
 from mellow_ds.verify.corpus import Corpus, make_corpus
 from mellow_ds.verify.processes import run_ranks
+from mellow_ds.verify.reference import largest_relative
 from mellow_ds.verify.runs import NUM_STEPS, Notes, Part, run_parts
 from mellow_ds.verify.step_files import StepDifference, compare_steps
 from mellow_ds.verify.table import markdown_table
@@ -100,12 +101,6 @@ def launch(world_size: int, parts: Sequence[Part], corpus: Corpus, say: Say) -> 
 def examples(notes: Sequence[Notes]) -> list[list[str]]:
     """Ids of the examples of each step, over the ranks in order: the same for every world."""
     return [[i for rank in step for i in rank] for step in zip(*(rank.ids for rank in notes), strict=True)]
-
-
-def largest_relative(found: Sequence[float], wanted: Sequence[float]) -> float:
-    """Largest difference over the numbers, each relative to what was wanted; infinite where one is not a number."""
-    differences = [abs(a - b) / abs(b) for a, b in zip(found, wanted, strict=True)]
-    return max(d if d == d else float("inf") for d in differences)
 
 
 def _beside(part: Part, suffix: str) -> Path:

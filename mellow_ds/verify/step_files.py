@@ -9,6 +9,7 @@ import torch
 from mellow_ds.checkpoint.snapshot import MOMENT_SEPARATOR
 from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER, random_file, read_state
 from mellow_ds.checkpoint.tensor_files import TensorFiles
+from mellow_ds.verify.reference import largest
 
 _OWN_TO_A_START = ("metrics", "world_size")  # differ between a run in one piece and one in two
 
@@ -39,7 +40,7 @@ def compare_steps(one: Path, other: Path) -> StepDifference:
     with TensorFiles(one, MODEL) as a, TensorFiles(other, MODEL) as b:
         differing = _differing(a, b)
         common = trained & set(a.names()) & set(b.names())
-        weight = max(float((a.read(name) - b.read(name)).abs().max()) for name in common)
+        weight = largest(float((a.read(name) - b.read(name)).abs().max()) for name in common)
     states = [
         {k: v for k, v in read_state(folder).items() if k not in _OWN_TO_A_START} for folder in (one, other)
     ]  # fmt: skip

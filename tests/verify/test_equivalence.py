@@ -83,6 +83,7 @@ def test_a_difference_of_any_kind_is_found_out(right: Trajectory) -> None:
         spoilt("losses", 1, math.nan),
         spoilt("grad_norms", 0, 1 - 2e-5),
         spoilt_array("weights", "projector.linear1.weight", 2e-4),
+        spoilt_array("weights", "projector.linear1.weight", math.nan),
         spoilt_array("fixed", frozen, 1e-6),
     ]
     for trajectory in wrong:

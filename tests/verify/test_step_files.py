@@ -1,6 +1,7 @@
 """Two step folders side by side: every kind of difference is seen, and nothing else."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,7 @@ def test_equal_folders_do_not_differ_whatever_the_start(tmp_path: Path) -> None:
     ("change", "expected"),
     [
         ({"weight": 1.25}, {"weight": 0.25}),
+        ({"weight": math.nan}, {"weight": math.inf}),
         ({"frozen": 2.5}, {"fixed_equal": False}),
         ({"buffer": 3.5}, {"fixed_equal": False}),
         ({"moment": 4.5}, {"moments_equal": False}),
