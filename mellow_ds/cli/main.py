@@ -10,6 +10,7 @@ EVALUATE = "evaluate"  # the train command in another mode
 COMMANDS = {
     "train": ("mellow_ds.cli.train", "train on shards (the same as train.py)"),
     EVALUATE: ("mellow_ds.cli.train", "score a checkpoint on held-out shards"),
+    "launch": ("mellow_ds.cli.launch", "start a run on several hosts, watch it, leave nothing behind"),
     "generate": ("mellow_ds.cli.generate", "answer a question about audio files"),
     "report": ("mellow_ds.cli.report", "show what a run came to"),
     "doctor": ("mellow_ds.cli.doctor", "say what will not work or will be slow, before a run is started"),

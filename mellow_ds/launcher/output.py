@@ -1,0 +1,116 @@
+"""What a run says: each rank's lines with its name before them, and in a file of its own.
+
+A terminal that does not take lines (Ctrl-S, a pager) must not stop the launcher, whose beats keep the run alive: a
+thread prints, and what it cannot print in time is counted; the files have it.
+"""
+
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from pathlib import Path
+from typing import IO
+
+from mellow_ds.errors import ConfigError
+from mellow_ds.launcher.plan import LaunchPlan
+
+LAST_LINES = 20  # of the rank that failed first, shown in the end
+_MAX_WAITING_LINES = 20_000
+_CLOSING_SECONDS = 5.0
+_SAID_BY_LAUNCHER = "mellow-ds launch: "
+
+
+class Output:
+    """Prints and files the lines of all ranks."""
+
+    def __init__(self, plan: LaunchPlan, log_folder: Path | None) -> None:
+        """Opens `log_folder`/rank-N.log of each rank, to add to what earlier starts wrote; None: no files."""
+        self.last_lines = {rank: deque[str](maxlen=LAST_LINES) for host in plan.hosts for rank in host.ranks}
+        self._prefixes = {
+            rank: f"[{host.name} rank {rank}] " if len(plan.hosts) > 1 else f"[rank {rank}] "
+            for host in plan.hosts
+            for rank in host.ranks
+        }
+        self._files: dict[int, IO[str]] = {}
+        self._folder = log_folder
+        self._dropped = 0
+        self._lines: queue.Queue[tuple[IO[str], str] | None] = queue.Queue(_MAX_WAITING_LINES)
+        self._printer = threading.Thread(target=self._print, name="printer", daemon=True)
+        if log_folder is not None:
+            self._open(log_folder)
+        self._printer.start()
+
+    def _open(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for rank in self._prefixes:
+                self._files[rank] = self.file(rank).open("a", encoding="utf-8", buffering=1)
+                self._files[rank].write(f"-- started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+        except OSError as error:
+            raise ConfigError(f"the log folder {folder} cannot be written ({error}): give another --log-dir") from None
+
+    def file(self, rank: int) -> Path:
+        """The log of a rank."""
+        assert self._folder is not None
+        return self._folder / f"rank-{rank}.log"
+
+    def where(self, rank: int) -> str:
+        """Words that name a rank's log."""
+        return f"its log is {self.file(rank)}" if self._folder is not None else "it has no log: no --log-dir"
+
+    def rank_line(self, rank: int, stream: int, text: str) -> None:
+        """A line of a rank's standard output (1) or error (2)."""
+        self.last_lines[rank].append(text)
+        self._put(sys.stdout if stream == 1 else sys.stderr, self._prefixes[rank] + text)
+        file = self._files.get(rank)
+        if file is not None:
+            try:
+                file.write(text + "\n")
+            except (OSError, ValueError) as error:
+                del self._files[rank]  # the run does not end for its log
+                self.note(f"{self.file(rank)} cannot be written any more: {error}")
+
+    def host_line(self, host: str, text: str) -> None:
+        """A line of a host's shell or of ssh."""
+        self._put(sys.stderr, f"[{host}] {text}")
+
+    def note(self, text: str) -> None:
+        """A line of the launcher itself."""
+        self._put(sys.stderr, _SAID_BY_LAUNCHER + text)
+
+    def error(self, text: str) -> None:
+        """What the run came to."""
+        self._put(sys.stderr, f"error: {text}")
+
+    def repeat(self, rank: int) -> None:
+        """Show the last lines of a rank again."""
+        for text in list(self.last_lines[rank]):
+            self._put(sys.stderr, self._prefixes[rank] + text)
+
+    def close(self) -> None:
+        """Print what waits and close the files."""
+        for file in self._files.values():
+            file.close()
+        try:
+            self._lines.put(None, timeout=_CLOSING_SECONDS)
+        except queue.Full:
+            return
+        self._printer.join(_CLOSING_SECONDS)
+
+    def _put(self, stream: IO[str], text: str) -> None:
+        try:
+            self._lines.put_nowait((stream, text))
+        except queue.Full:
+            self._dropped += 1
+
+    def _print(self) -> None:
+        while (item := self._lines.get()) is not None:
+            stream, text = item
+            dropped, self._dropped = self._dropped, 0
+            try:
+                if dropped:
+                    print(f"{_SAID_BY_LAUNCHER}{dropped} lines were not shown here", file=sys.stderr, flush=True)
+                print(text, file=stream, flush=self._lines.empty())
+            except (OSError, ValueError):
+                continue  # whoever read it has gone (`| head`); the run goes on, and its files with it

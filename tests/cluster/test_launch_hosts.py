@@ -1,0 +1,309 @@
+"""`mellow-ds launch` on real hosts over real ssh: the same run as on one, and no fault leaves a process behind."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mellow_ds.monitor.metrics import read_metrics
+from tests.cli.runs import ROOT, TINY, environment
+from tests.cluster.hosts import FRONT, INTERFACE, NODES, Hosts, is_alive, wait_for
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+SECONDS = 30  # from a fault to the end of all, and to a host without a process of the run
+START_SECONDS = 200  # until ranks that import torch are at work, beside other tests
+WORK = ROOT / "tests" / "cluster" / "work.py"
+
+
+class Launched:
+    """A launcher at work, and all that it says."""
+
+    def __init__(self, process: "subprocess.Popen[bytes]", said: Path) -> None:
+        self.process = process
+        self._said = said
+
+    def said(self) -> str:
+        return self._said.read_text(errors="replace")
+
+    def wait_for(self, words: str, count: int = 1, seconds: float = START_SECONDS) -> None:
+        """Until `words` were said `count` times."""
+        deadline = time.monotonic() + seconds
+        while self.said().count(words) < count:
+            assert self.process.poll() is None, self.said()[-3000:]
+            assert time.monotonic() < deadline, self.said()[-3000:]
+            time.sleep(0.1)
+
+    def end(self, seconds: float = SECONDS) -> int:
+        """Its exit code; fails where it is late."""
+        try:
+            return self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pytest.fail(f"the launcher has not ended in {seconds} s:\n{self.said()[-3000:]}")
+
+    @property
+    def last_line(self) -> str:
+        return self.said().strip().splitlines()[-1]
+
+
+@contextlib.contextmanager
+def launch(hosts: Hosts, *words: object, name: str = "said", **variables: str) -> Iterator[Launched]:
+    """`mellow-ds launch` on the front, its own process group as under a terminal."""
+    said = hosts.folder / name
+    options = ["--hostfile", hosts.hostfile, "--ssh-config", hosts.ssh_config]
+    command = [sys.executable, "-m", "mellow_ds.cli.main", "launch", *map(str, [*options, *words])]
+    with said.open("wb") as file:
+        process = subprocess.Popen(
+            hosts.on(FRONT, command), cwd=ROOT, env=environment(**variables), stdin=subprocess.DEVNULL,
+            stdout=file, stderr=file, start_new_session=True,
+        )  # fmt: skip
+        try:
+            yield Launched(process, said)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def training(corpus: Path, run: Path, **train: object) -> list[object]:
+    """train.py with a model of a few hundred weights, two examples a step and rank."""
+    more = [word for key, value in train.items() for word in (f"--train.{key}", value)]
+    return ["--", "train.py", "--config", "quickstart", "--deepspeed_config", "ds_configs/zero2.json",
+            "--data.shards", corpus, "--save-dir", run, *TINY, *more]  # fmt: skip
+
+
+def processes(hosts: Hosts, host: str, words: str = "") -> set[int]:
+    """Processes of a host, its ssh server's aside; those whose command line has `words`."""
+    found = set()
+    for pid in hosts.pids(host):
+        with contextlib.suppress(OSError):
+            program = Path(f"/proc/{pid}/exe").readlink().name
+            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            if program.split()[0] != "sshd" and words in line:
+                found.add(pid)
+    return found
+
+
+def all_processes(hosts: Hosts) -> set[int]:
+    return {pid for host in (FRONT, *NODES) for pid in processes(hosts, host)}
+
+
+def assert_nothing_is_left(hosts: Hosts, since: float, others: frozenset[int] = frozenset()) -> None:
+    """No process but those of others `SECONDS` after a fault."""
+    left = SECONDS - (time.monotonic() - since)
+    deadline = time.monotonic() + max(left, 0)
+    while alive := all_processes(hosts) - others:
+        assert time.monotonic() < deadline, subprocess.run(
+            ["ps", "-o", "pid,ppid,stat,cmd", "-p", ",".join(map(str, alive))], capture_output=True, text=True
+        ).stdout
+        time.sleep(0.1)
+    assert all(is_alive(pid) for pid in others)
+
+
+def wrote_steps(run: Path, count: int) -> bool:
+    path = run / "metrics.jsonl"
+    return path.exists() and len(read_metrics(path)) >= count
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
+
+
+def test_two_hosts_compute_what_one_does(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    with launch(hosts, "--interface", INTERFACE, *training(corpus, tmp_path / "two")) as launched:
+        assert launched.end(START_SECONDS) == 0, launched.said()[-3000:]
+    assert_nothing_is_left(hosts, time.monotonic())
+    here = [sys.executable, "-m", "mellow_ds.cli.main", "launch", "--num-per-host", "2"]
+    one = subprocess.run(
+        [*here, *map(str, training(corpus, tmp_path / "one"))], cwd=ROOT, env=environment(), timeout=START_SECONDS,
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert one.returncode == 0, one.stderr[-3000:]
+    assert len(losses(tmp_path / "one")) == 6
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    logs = tmp_path / "two" / "logs"
+    assert sorted(file.name for file in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert "on 2 ranks" in (logs / "rank-0.log").read_text()
+
+
+def test_ctrl_c_saves_on_all_hosts(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    words = training(corpus, tmp_path / "run", max_steps=5000, save_every_steps=0)
+    with launch(hosts, "--interface", INTERFACE, *words) as launched:
+        wait_for(lambda: launched.process.poll() is not None or wrote_steps(tmp_path / "run", 3), START_SECONDS)
+        pressed = time.monotonic()
+        os.killpg(launched.process.pid, signal.SIGINT)  # what a terminal does
+        assert launched.end() == 130, launched.said()[-3000:]
+    assert_nothing_is_left(hosts, pressed)
+    assert list((tmp_path / "run" / "checkpoints").glob("step-*")), launched.said()[-3000:]
+
+
+def test_a_cut_link_in_training(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    """Both ranks hang in a collective, whose own time-out is minutes away."""
+    words = training(corpus, tmp_path / "run", max_steps=5000, save_every_steps=0)
+    with launch(hosts, "--interface", INTERFACE, *words) as launched:
+        wait_for(lambda: launched.process.poll() is not None or wrote_steps(tmp_path / "run", 3), START_SECONDS)
+        hosts.cut("node2")
+        cut = time.monotonic()
+        assert launched.end() == 1, launched.said()[-3000:]
+        assert "host node2 (rank 1) is lost: " in launched.last_line
+    assert_nothing_is_left(hosts, cut)
+
+
+def test_a_rank_killed_in_training(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    words = training(corpus, tmp_path / "run", max_steps=5000, save_every_steps=0)
+    with launch(hosts, "--interface", INTERFACE, *words) as launched:
+        wait_for(lambda: launched.process.poll() is not None or wrote_steps(tmp_path / "run", 3), START_SECONDS)
+        killed = time.monotonic()
+        for pid in processes(hosts, "node2", "train.py"):
+            os.kill(pid, signal.SIGKILL)
+        assert launched.end() == 137, launched.said()[-3000:]
+        assert launched.last_line.startswith("error: rank 1 on host node2 was ended by SIGKILL (code 137)")
+    assert_nothing_is_left(hosts, killed)
+
+
+def test_a_launcher_killed_in_training(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    words = training(corpus, tmp_path / "run", max_steps=5000, save_every_steps=0)
+    with launch(hosts, "--interface", INTERFACE, *words) as launched:
+        wait_for(lambda: launched.process.poll() is not None or wrote_steps(tmp_path / "run", 3), START_SECONDS)
+        killed = time.monotonic()
+        launched.process.kill()
+        assert launched.end() == -signal.SIGKILL
+        assert_nothing_is_left(hosts, killed)
+
+
+@pytest.mark.parametrize("fault", ["link cut", "powered off", "launcher killed", "agent killed", "guard killed"])
+def test_ranks_that_ignore_signals_and_their_orphans_are_ended(hosts: Hosts, fault: str) -> None:
+    with launch(hosts, "--", WORK, "stubborn") as launched:
+        launched.wait_for("at work", 2)
+        assert len(processes(hosts, "node2", "work.py stubborn")) == 2  # the rank and its orphan
+        began = time.monotonic()
+        if fault == "link cut":
+            hosts.cut("node2")
+        elif fault == "powered off":
+            hosts.power_off("node2")
+        elif fault == "launcher killed":
+            launched.process.kill()
+        else:
+            guard, agent = sorted(processes(hosts, "node2", "launcher.agent"))
+            os.kill(agent if fault == "agent killed" else guard, signal.SIGKILL)
+        code = launched.end()
+        if fault == "launcher killed":
+            assert code == -signal.SIGKILL
+        else:
+            assert code != 0
+            assert launched.last_line.startswith("error: "), launched.said()
+            assert "node2" in launched.last_line
+        assert_nothing_is_left(hosts, began)
+
+
+def test_a_stop_leaves_the_jobs_of_others_alone(hosts: Hosts) -> None:
+    """A job of another user that looks like ours, and a second run of ours on the same hosts."""
+    looks = [sys.executable, "-c", "import time; time.sleep(600)", "mellow_ds.launcher.agent", "work.py", "deepspeed"]
+    bystanders = [
+        subprocess.Popen(hosts.on(host, ["setpriv", "--reuid=65534", "--clear-groups", *looks])) for host in NODES
+    ]
+    try:
+        with launch(hosts, "--", WORK, "stops", name="second") as second:
+            second.wait_for("at work", 2)
+            others = frozenset(all_processes(hosts))
+            assert len(others) > len(bystanders)
+            with launch(hosts, "--", WORK, "stops") as first:
+                first.wait_for("at work", 2)
+                assert "in use: the ranks meet at" not in first.said()  # nobody listens at it: it stays
+                pressed = time.monotonic()
+                os.killpg(first.process.pid, signal.SIGINT)
+                assert first.end() == 130, first.said()
+                assert first.said().count("saved") == 2
+                assert_nothing_is_left(hosts, pressed, others)
+            os.kill(second.process.pid, signal.SIGTERM)
+            assert second.end() == 85, second.said()
+        assert_nothing_is_left(hosts, time.monotonic(), frozenset(one.pid for one in bystanders))
+    finally:
+        for bystander in bystanders:
+            bystander.kill()
+            bystander.wait()
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("wrong host key", "error: host node2: its host key is not the one known for it"),
+        ("unresolvable name", "error: host node7: nobody knows this name"),
+        ("no such address", "error: host 10.77.0.99: "),
+        ("no ssh server", "error: host node2: no ssh server listens there"),
+        ("port in use", "error: host node1: port 29500 cannot be used there (Address already in use)"),
+        ("no python", "error: host node1: its Python is not there"),
+    ],
+)
+def test_what_cannot_start_is_refused_before_a_rank_runs(hosts: Hosts, fault: str, message: str) -> None:
+    options: list[object] = []
+    holder = None
+    if fault == "wrong host key":
+        hosts.know("node2", hosts.new_key("another"))
+    elif fault == "unresolvable name":
+        hosts.hostfile.write_text("node1 slots=1\nnode7 slots=1\n")
+    elif fault == "no such address":
+        hosts.hostfile.write_text("node1 slots=1\n10.77.0.99 slots=1\n")
+    elif fault == "no ssh server":
+        for pid in hosts.pids("node2"):
+            os.kill(pid, signal.SIGKILL)
+    elif fault == "port in use":
+        holder = hold_port(hosts, 29500)
+        options = ["--master-port", 29500]
+    elif fault == "no python":
+        options = ["--python", hosts.folder / "python"]
+    try:
+        began = time.monotonic()
+        with launch(hosts, *options, "--", WORK, "ends") as launched:
+            assert launched.end() == 2, launched.said()
+        errors = [line for line in launched.said().splitlines() if line.startswith("error: ")]
+        assert errors[0].startswith(message), launched.said()
+        assert errors[-1] == launched.last_line
+        assert "at work" not in launched.said()
+        assert_nothing_is_left(hosts, began, frozenset([holder.pid] if holder else []))
+    finally:
+        if holder:
+            holder.kill()
+            holder.wait()
+
+
+def test_a_port_that_is_taken_by_chance_is_left_for_another(hosts: Hosts) -> None:
+    holder = hold_port(hosts, 29500)
+    try:
+        with launch(hosts, "--", WORK, "ends") as launched:
+            assert launched.end() == 0, launched.said()
+        assert "mellow-ds launch: port 29500 of node1 is in use: the ranks meet at " in launched.said()
+        assert "'MASTER_PORT': '29500'" not in launched.said()
+        assert launched.said().count("'MASTER_PORT'") == 2
+    finally:
+        holder.kill()
+        holder.wait()
+
+
+def test_what_a_rank_gets(hosts: Hosts) -> None:
+    """Arguments that a shell would read, variables by the list and by name, a secret not; the same folder."""
+    hosts.hostfile.write_text("# two and one\nnode1 slots=2\n\nnode2 slots=1 # the small one\n")
+    odd = ["$(touch made-by-a-shell)", "a b", "it's", '"', ";", "*", "--flag=x y", ""]
+    with launch(hosts, "--env", "MELLOW_TOLD=a b$c", "--", WORK, "ends", *odd, HF_TOKEN="hidden-value") as launched:
+        assert launched.end() == 0, launched.said()
+    said = launched.said()
+    for place, rank in (("node1", 0), ("node1", 1), ("node2", 2)):
+        expected = {"RANK": str(rank), "LOCAL_RANK": str(rank % 2), "WORLD_SIZE": "3",
+                    "LOCAL_WORLD_SIZE": "2" if place == "node1" else "1", "MASTER_ADDR": "node1",
+                    "MASTER_PORT": "29500", "MELLOW_TOLD": "a b$c"}  # fmt: skip
+        assert f"[{place} rank {rank}] at work {expected} {ROOT} {odd}" in said
+    assert not (ROOT / "made-by-a-shell").exists()
+    assert "hidden-value" not in said
+
+
+def hold_port(hosts: Hosts, port: int) -> "subprocess.Popen[bytes]":
+    """A process on node1 that listens."""
+    code = f"import socket, time; s = socket.create_server(('', {port})); print('up', flush=True); time.sleep(600)"
+    holder = subprocess.Popen(hosts.on("node1", [sys.executable, "-c", code]), stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    holder.stdout.readline()
+    return holder
