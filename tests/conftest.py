@@ -18,9 +18,14 @@ def shared_dir() -> Path:
 
 @pytest.fixture(autouse=True)
 def _plain_logging() -> Iterator[None]:
-    """Give back the project's logger as it was: a command that ran in this process has set it up for itself."""
-    logger = logging.getLogger("mellow_ds")
-    before = (list(logger.handlers), logger.propagate, logger.level)
+    """Take back what a command did to the project's logger that ran in this process, here or in a fixture of a module:
+    pytest captures twice from a logger that does not propagate."""
+    _make_plain(logging.getLogger("mellow_ds"))
     yield
-    logger.handlers[:], logger.propagate = before[0], before[1]
-    logger.setLevel(before[2])
+    _make_plain(logging.getLogger("mellow_ds"))
+
+
+def _make_plain(logger: logging.Logger) -> None:
+    logger.handlers.clear()
+    logger.propagate = True
+    logger.setLevel(logging.NOTSET)
