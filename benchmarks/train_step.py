@@ -104,7 +104,7 @@ def project_steps(models: dict[int, Any], train: Any) -> dict[str, Callable[...,
 
     # one optimizer for all: they share the decoder, and parameters without a gradient are passed over
     both = torch.nn.ModuleList(models.values())
-    optimizer, _ = torch_optimizer(parameter_groups(both, train.weight_decay), train)
+    optimizer, _ = torch_optimizer(parameter_groups(both, train), train)
     trained = [parameter for parameter in both.parameters() if parameter.requires_grad]
     both.train()
 
@@ -115,7 +115,7 @@ def project_steps(models: dict[int, Any], train: Any) -> dict[str, Callable[...,
             def step() -> float:
                 loss_sum = model(**model_inputs(batch)).loss_sum
                 (loss_sum / batch.num_answer_tokens).backward()
-                norm = gradient_norm(trained)
+                norm = gradient_norm(p.grad for p in trained if p.grad is not None)
                 torch.nn.utils.clip_grads_with_norm_(trained, train.max_grad_norm, torch.tensor(norm))
                 optimizer.step()
                 optimizer.zero_grad()
