@@ -152,8 +152,8 @@ def expected_bytes(case: TrafficCase, sizes: Sizes, world_size: int) -> float:
     else:
         twice = sizes.trained - sizes.root if case.stage == 3 else 0
         sent = reduced + (sizes.trained + twice) * weight * (1 if kept else a)
-    if case.stage == 3 and not case.frozen_whole_megabytes:
-        sent += a * sizes.frozen * weight  # forward only
+    if not case.frozen_whole_megabytes and case.stage >= (3 if case.kind == "deepspeed" else 1):
+        sent += sizes.frozen * weight * (1 if kept else a)  # forward only
     return sent * (world_size - 1) / world_size
 
 

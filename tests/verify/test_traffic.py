@@ -57,6 +57,10 @@ def test_the_formula_by_hand() -> None:
     assert expected_bytes(half, sizes, 2) == (2 * 2000 + 4000) / 2
     sharded = TrafficCase("", "fsdp", 3, frozen_whole_megabytes=0)
     assert expected_bytes(sharded, sizes, 2) == (3 * 4000 + 2000) / 2
+    first = TrafficCase("", "fsdp", 1, frozen_whole_megabytes=0, accumulation=3)
+    assert expected_bytes(first, sizes, 2) == (2 * 4000 + 2000) / 2
+    whole = TrafficCase("", "deepspeed", 2, frozen_whole_megabytes=0)
+    assert expected_bytes(whole, sizes, 2) == 2 * 4000 / 2
 
 
 LIKE_LARGE = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0, "stage3_param_persistence_threshold": 0}
@@ -65,6 +69,8 @@ CASES = [
     TrafficCase("ZeRO-3", "deepspeed", 3, LIKE_LARGE),
     TrafficCase("DDP", "fsdp", 0, accumulation=2),
     TrafficCase("FSDP2 stage 3", "fsdp", 3),
+    TrafficCase("FSDP2 stage 1, frozen sharded", "fsdp", 1, frozen_whole_megabytes=0, accumulation=2),
+    TrafficCase("ZeRO-1, frozen not whole", "deepspeed", 1, all_reduces=True, frozen_whole_megabytes=0),
     TrafficCase("FSDP2 stage 3, frozen sharded", "fsdp", 3, frozen_whole_megabytes=0, accumulation=2),
 ]
 
