@@ -20,7 +20,7 @@ _EXAMPLES = """
 equivalence: 20 steps by every back end, world size and accumulation, against plain PyTorch (10 minutes on 2 cores)
 resume:      N steps at once, against k steps, a checkpoint, and N - k by other processes
 checkpoints: a checkpoint of each back end and world, taken up on every other world and by every other back end
-             (half an hour)
+             (15 minutes)
 
 examples:
   mellow-ds verify equivalence --quick

@@ -14,7 +14,7 @@ from pathlib import Path
 from mellow_ds.verify.back_ends import BACK_ENDS, BackEnd
 from mellow_ds.verify.corpus import Corpus, make_corpus
 from mellow_ds.verify.reference import largest_relative
-from mellow_ds.verify.resume import TOLERANCE, Say, examples, launch
+from mellow_ds.verify.resume import TOLERANCE, Say, launch, steps_of
 from mellow_ds.verify.runs import Notes, Part
 from mellow_ds.verify.step_files import StepDifference, compare_steps
 from mellow_ds.verify.table import markdown_table
@@ -32,7 +32,7 @@ class TakenUp:
     source_world: int
     target: BackEnd
     target_world: int
-    ids_equal: bool
+    ids_equal: bool  # of the examples of every step, and the learning rates
     loss: float  # largest relative difference over the steps after the checkpoint
     end: StepDifference  # of the last checkpoints
 
@@ -95,7 +95,7 @@ def compare(pairs: Sequence[Pair], say: Say) -> list[TakenUp]:
                 found.append(
                     TakenUp(
                         *source, *target,
-                        examples(straight) == examples(sources[source]) + examples(notes),
+                        steps_of(straight) == steps_of(sources[source]) + steps_of(notes),
                         largest_relative(straight[0].losses[STOP_AT:], notes[0].losses),
                         compare_steps(Path(straight[0].saved), Path(notes[0].saved)),
                     )

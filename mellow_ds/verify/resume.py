@@ -34,7 +34,7 @@ class Resumed:
     dropout: float
     world_size: int  # of the run, and of its first part
     resumed_on: int  # processes
-    ids_equal: bool
+    ids_equal: bool  # of the examples of every step, and the learning rates
     loss: float  # largest relative difference over the steps after the checkpoint
     end: StepDifference  # of the last checkpoints
 
@@ -77,7 +77,7 @@ def compare(back_ends: Sequence[BackEnd], world_size: int, others: Sequence[int]
                 found.append(
                     Resumed(
                         part.back_end, part.dropout, world_size, other,
-                        examples(straight[number]) == examples(first[number]) + examples(second),
+                        steps_of(straight[number]) == steps_of(first[number]) + steps_of(second),
                         largest_relative(straight[number][0].losses[STOP_AT:], second[0].losses),
                         compare_steps(Path(straight[number][0].saved), Path(second[0].saved)),
                     )
@@ -98,9 +98,10 @@ def launch(world_size: int, parts: Sequence[Part], corpus: Corpus, say: Say) -> 
     return [[notes[number] for notes in by_rank] for number in range(len(parts))]
 
 
-def examples(notes: Sequence[Notes]) -> list[list[str]]:
-    """Ids of the examples of each step, over the ranks in order: the same for every world."""
-    return [[i for rank in step for i in rank] for step in zip(*(rank.ids for rank in notes), strict=True)]
+def steps_of(notes: Sequence[Notes]) -> list[tuple[float, list[str]]]:
+    """(learning rate, ids of the examples over the ranks in order) of each step: the same for every world."""
+    ids = [[i for rank in step for i in rank] for step in zip(*(rank.ids for rank in notes), strict=True)]
+    return list(zip(notes[0].learning_rates, ids, strict=True))
 
 
 def _beside(part: Part, suffix: str) -> Path:
