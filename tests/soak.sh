@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 seed=${1:-0}
 MELLOW_EXTRAS="test" source launch/env.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-export PYTHONPATH=$MELLOW_ROOT:$MELLOW_ROOT/tests/data
+export PYTHONPATH=$MELLOW_ROOT
 
 run() {
     printf '[soak] %s\n' "$*" >&2

@@ -3,7 +3,8 @@
 from pathlib import Path
 
 import pytest
-from made_shards import simple_clips, write_shards
+
+from tests.data.made_shards import simple_clips, write_shards
 
 
 @pytest.fixture

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import soundfile
 import torch
-from made_shards import RATE, encode_audio
 
 from mellow_ds.data.audio import AudioError, crop_start, decode_clip, decode_window
+from tests.data.made_shards import RATE, encode_audio
 
 SAMPLES = np.random.default_rng(0).integers(-32768, 32768, 5000).astype(np.int16)
 

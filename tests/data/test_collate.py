@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from made_shards import make_layout
 
 from mellow_ds.data.collate import collate, empty_batch, prompt_row
 from mellow_ds.prompt import ExampleRow
+from tests.data.made_shards import make_layout
 
 ROWS = [
     ExampleRow((0, 0, 5, 6, 7), 2, (0,)),

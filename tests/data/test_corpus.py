@@ -2,11 +2,10 @@
 
 from pathlib import Path
 
-from made_shards import RATE, Clip, clip_key, write_shards
-
 from mellow_ds.data.corpus import iterate_texts
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.prompt import PHRASINGS
+from tests.data.made_shards import RATE, Clip, clip_key, write_shards
 
 
 def test_prompts_answers_and_all_phrasings_of_all_shards(tmp_path: Path) -> None:

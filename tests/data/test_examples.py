@@ -5,13 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from made_shards import RATE, CharTokenizer, Clip, clip_key, make_layout, simple_clips, write_shards
 
 from mellow_ds.data.audio import crop_start
 from mellow_ds.data.examples import BatchBuilder
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.errors import FaultError, ShardError
 from mellow_ds.prompt import PHRASINGS
+from tests.data.made_shards import RATE, CharTokenizer, Clip, clip_key, make_layout, simple_clips, write_shards
 
 WINDOW = 400
 

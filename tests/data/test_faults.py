@@ -37,8 +37,6 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
-from made_shards import RATE, CharTokenizer, Clip, clip_key, encode_audio, make_layout, simple_clips, write_shards
-from ranks import run_ranks
 
 from mellow_ds.config.schema import DataConfig, TrainConfig
 from mellow_ds.data.reader import BadSampleError, ShardReader
@@ -47,6 +45,17 @@ from mellow_ds.errors import MellowError, ShardError
 from mellow_ds.packing.verify import verify_shards
 from mellow_ds.shard_format import MANIFEST_NAME, read_manifest, sample_checksum
 from mellow_ds.world import World
+from tests.data.made_shards import (
+    RATE,
+    CharTokenizer,
+    Clip,
+    clip_key,
+    encode_audio,
+    make_layout,
+    simple_clips,
+    write_shards,
+)
+from tests.ranks import run_ranks
 
 TAR, INDEX = "shard-000000.tar", "shard-000000.index.npy"
 

@@ -138,7 +138,7 @@ def test_closing_ends_the_processes(loader: OrderedLoader) -> None:
 TRAINER = """
 import sys, time
 sys.path.insert(0, {folder!r})
-from test_loader import load, number_and_process
+from tests.data.test_loader import load, number_and_process
 
 if __name__ == "__main__":
     loader = load(number_and_process, 1000)
@@ -150,7 +150,7 @@ if __name__ == "__main__":
 def run_trainer(tmp_path: Path, ending: str) -> tuple[subprocess.Popen, set[int]]:
     """A process that holds a loader, and the ids of its loader processes."""
     script = tmp_path / "trainer.py"
-    script.write_text(TRAINER.format(folder=str(Path(__file__).parent), ending=ending))
+    script.write_text(TRAINER.format(folder=str(Path(__file__).parents[2]), ending=ending))
     trainer = subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True)
     assert trainer.stdout is not None
     return trainer, set(map(int, trainer.stdout.readline().split()))

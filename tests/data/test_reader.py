@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from made_shards import RATE, Clip, clip_key, simple_clips, write_shards
 
 from mellow_ds.data import reader as reader_module
 from mellow_ds.data.reader import BadSampleError, Place, ShardReader
 from mellow_ds.errors import ConfigError, MellowError, ShardError
 from mellow_ds.shard_format import MANIFEST_NAME, index_name, read_manifest
+from tests.data.made_shards import RATE, Clip, clip_key, simple_clips, write_shards
 
 
 def flip(path: Path, offset: int) -> None:

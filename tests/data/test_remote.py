@@ -14,11 +14,11 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
-from bad_server import BadServer, cut, delay, drop, longer, status, trickle, without_ranges, wrong
 
 from mellow_ds.data import remote
 from mellow_ds.data.remote import FsspecFolder, HttpFolder, Retries, Wanted, download, open_address
 from mellow_ds.errors import ConfigError, FaultError, MellowError, ShardError
+from tests.data.bad_server import BadServer, cut, delay, drop, longer, status, trickle, without_ranges, wrong
 
 QUICK = Retries(attempts=4, first_seconds=0.01, max_seconds=0.02, connect_seconds=2, silence_seconds=0.3)
 NAME = "shard-000000.tar"

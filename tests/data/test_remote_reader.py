@@ -18,8 +18,6 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from bad_server import BadServer, cut, delay, drop, paced, status, wrong
-from made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
 
 from mellow_ds.config.schema import DataConfig, TrainConfig
 from mellow_ds.data import reader as reader_module
@@ -27,6 +25,8 @@ from mellow_ds.data.reader import BadSampleError, ShardReader
 from mellow_ds.data.remote import Retries
 from mellow_ds.errors import ConfigError, FaultError, ShardError
 from mellow_ds.shard_format import MANIFEST_NAME, read_manifest
+from tests.data.bad_server import BadServer, cut, delay, drop, paced, status, wrong
+from tests.data.made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
 
 QUICK = Retries(attempts=4, first_seconds=0.01, max_seconds=0.02, connect_seconds=2, silence_seconds=0.5)
 TARS = [f"shard-{number:06d}.tar" for number in range(3)]

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from made_shards import RATE, CharTokenizer, Clip, clip_key, make_layout, simple_clips, write_shards
 
 from mellow_ds.config.schema import DataConfig, MixtureSet, TrainConfig
 from mellow_ds.data.batch import Batch
@@ -21,6 +20,7 @@ from mellow_ds.data.stream import EvalStream, StepBatches, TrainStream
 from mellow_ds.errors import ConfigError, ShardError
 from mellow_ds.multiple_choice import parse_options
 from mellow_ds.world import World
+from tests.data.made_shards import RATE, CharTokenizer, Clip, clip_key, make_layout, simple_clips, write_shards
 
 DATA = DataConfig(sampling_rate=RATE, segment_seconds=0.05)
 
@@ -342,15 +342,15 @@ def test_a_loader_holds_its_batches_and_no_window(tmp_path: Path) -> None:
     clips = [Clip(clip_key(n), 500_000, [((), f"question {n}", "x")]) for n in range(64)]
     folder = write_shards(tmp_path / "large", [clips[first : first + 16] for first in range(0, 64, 16)])
     code = (
-        "import resource, sys; sys.path.insert(0, sys.argv[2])\n"
-        "from test_stream import *\n"
+        "import resource, sys\n"
+        "from tests.data.test_stream import *\n"
         "settings = {'segment_seconds': 1.0}\n"
         "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024\n"
         "with stream(Path(sys.argv[1]), end_step=48, data=settings, global_batch_size=4, batch_size=4) as steps:\n"
         "    next(steps); before = peak(); seen = sum(s.stats.num_bytes for s in steps)\n"
         "print(peak() - before, seen / 2**20)"
     )
-    arguments = [sys.executable, "-c", code, str(folder), str(Path(__file__).parent)]
+    arguments = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(arguments, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
     grown, seen = map(float, done.stdout.split())
     assert seen > 170

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from made_shards import RATE, Clip, clip_key, simple_clips, write_shards
 
 from mellow_ds.data.webdataset import as_webdataset
 from mellow_ds.errors import ShardError
 from mellow_ds.shard_format import MANIFEST_NAME, SampleInfo
+from tests.data.made_shards import RATE, Clip, clip_key, simple_clips, write_shards
 
 
 @pytest.mark.parametrize("codec", ["flac", "pcm"])

@@ -1,6 +1,6 @@
 """Streams killed at random places and resumed: no example is lost, none comes twice.
 
-    PYTHONPATH=.:tests/data python tests/soak/kill_and_resume.py --cycles 100 [--ranks 1 2] [--workers 0 2] [--seed 0]
+    PYTHONPATH=. python tests/soak/kill_and_resume.py --cycles 100 [--ranks 1 2] [--workers 0 2] [--seed 0]
 
 A cycle starts the ranks of a world, each a process that goes through a `TrainStream` and writes each step's examples
 and the stream's state into a journal. At a random moment one rank gets SIGKILL, then the others. The next cycle, with
@@ -25,12 +25,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
-
 from mellow_ds.config.schema import DataConfig, TrainConfig
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.stream import TrainStream
 from mellow_ds.world import World
+from tests.data.made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
 
 GLOBAL_BATCH = 10
 CLIPS = (13, 9, 11, 4)  # by shard; two questions each: 74 examples, 8 steps an epoch, the last of 4

@@ -1,6 +1,6 @@
 """Mutated audio files and shard folders: no crash, no hang, no growth over 512 MB, no code executed.
 
-    PYTHONPATH=.:tests/data python tests/soak/mutations.py --rounds 10000 [--seed 0] [--reads audio samples ...]
+    PYTHONPATH=. python tests/soak/mutations.py --rounds 10000 [--seed 0] [--reads audio samples ...]
 
 Each round damages one audio file or one shard folder and sends it through all that reads such things: packer, decoders,
 reader, stream, verification, webdataset. Half of the folders are signed anew after the damage, so that the hashes do
@@ -35,7 +35,6 @@ from typing import Any
 
 import numpy as np
 import soundfile
-from made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
 
 from mellow_ds.config.schema import DataConfig, TrainConfig
 from mellow_ds.data.audio import AudioError, decode_clip, decode_window
@@ -46,6 +45,7 @@ from mellow_ds.packing.decode import BadClip, pack_clip
 from mellow_ds.packing.verify import verify_shards
 from mellow_ds.shard_format import INDEX_DTYPE, MANIFEST_NAME, index_name, sample_checksum
 from mellow_ds.world import World
+from tests.data.made_shards import RATE, CharTokenizer, make_layout, simple_clips, write_shards
 
 EXPECTED = (MellowError, AudioError, BadClip)
 ROUND_SECONDS = 30  # of one round; they take some milliseconds
