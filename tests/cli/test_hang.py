@@ -13,12 +13,12 @@ import pytest
 
 from mellow_ds.monitor.metrics import read_metrics
 from tests.cli.runs import ROOT, TINY, Running, by_deepspeed, by_torchrun, environment, forked, started
+from tests.guide import quoted
 
 pytestmark = pytest.mark.slow
 HANG_SECONDS = 6
 # the last rank to speak does so at 1.25 times the limit, and waits for the others' stacks; a launcher looks each second
 SECONDS_TO_END = HANG_SECONDS * 1.25 + 15
-GUIDE = (ROOT / "docs" / "troubleshooting.md").read_text()
 BEHIND = re.compile(
     r"^error: no progress for 6 s \(train\.hang_seconds\): rank (\d) \(host \S+, pid (\d+)\) is behind: it (.*); "
     r"stack traces of all ranks are in (\S+)$",
@@ -36,12 +36,6 @@ def training(shards: Path, run: Path, **train: object) -> list[object]:
 def has_steps(run: Path, count: int = 3) -> Callable[[], bool]:
     path = run / "metrics.jsonl"
     return lambda: path.exists() and len(read_metrics(path)) >= count
-
-
-def in_turn(quoted: str) -> str:
-    """The phrase, which the guide quotes too."""
-    assert quoted in GUIDE, quoted
-    return quoted
 
 
 def stacks(run: Path) -> list[str]:
@@ -66,10 +60,10 @@ def test_a_loader_process_that_delivers_nothing(shards: Path, tmp_path: Path) ->
     assert (first.returncode, second.returncode) == (1, 1)
     (found,) = BEHIND.findall(first.stderr + second.stderr)
     assert found[0] == "1"
-    assert found[2].startswith(in_turn("stands in fetch") + " of step ")
+    assert found[2].startswith(quoted("stands in fetch") + " of step ")
     assert ", at data/loader.py:" in found[2]  # of our own code; the call that blocks is one of Python's
     assert "mellow_ds/data/loader.py" in second.stderr
-    assert f"rank 0 {in_turn('stands at')} (innermost call last):" in first.stderr
+    assert f"rank 0 {quoted('stands at')} (innermost call last):" in first.stderr
     assert "all_reduce" in first.stderr
     assert stacks(tmp_path) == ["rank-00000.stacks.txt", "rank-00001.stacks.txt"]
     assert "__next__" in (tmp_path / "heartbeats" / "rank-00001.stacks.txt").read_text()
@@ -106,7 +100,7 @@ def test_a_stopped_rank_under_a_launcher(
     assert code != 0
     (found,) = BEHIND.findall(said.read_text())
     assert (int(found[0]), int(found[1])) == (which, stopped.pid)
-    assert found[2].startswith(in_turn("is stopped (by a signal such as SIGSTOP)") + ", last seen in ")
+    assert found[2].startswith(quoted("is stopped (by a signal such as SIGSTOP)") + ", last seen in ")
     assert found[3] == str(run / "heartbeats")
     assert f"rank {1 - which} stands at (innermost call last):" in said.read_text()
     assert stacks(run) == [f"rank-{1 - which:05d}.stacks.txt"]
@@ -133,7 +127,7 @@ def test_a_second_run_in_the_same_folder_is_refused_and_a_dead_one_leaves_it_fre
         assert [rank.returncode for rank in seconds] == [2, 2], [rank.stderr[-2000:] for rank in seconds]
         said = "".join(rank.stderr for rank in seconds)
         (line,) = re.findall(r"^error: .*$", said, re.MULTILINE)
-        assert f"{tmp_path} {in_turn('is in use by a run on host')} {os.uname().nodename}, pid {first.pid}, " in line
+        assert f"{tmp_path} {quoted('is in use by a run on host')} {os.uname().nodename}, pid {first.pid}, " in line
         assert "choose another save_dir" in line
         (evaluated,) = forked(  # what is there may be looked at all the while
             "train.py", "--mode", "evaluate_checkpoint", "--checkpoint_path", shards, *training(shards, tmp_path)

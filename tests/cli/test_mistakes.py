@@ -10,6 +10,7 @@ import pytest
 
 from mellow_ds.cli.main import main
 from mellow_ds.cli.train import main as train_main
+from tests.guide import quoted
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -38,6 +39,7 @@ def test_unknown_recipe_and_key(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_missing_shards_name_the_command_that_makes_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     line = refused(capsys, "--config", "digits", "--data.datafiles", "a.json")
+    assert quoted("data.shards is empty") in line
     assert "mellow-shards build --json a.json --audio-root AUDIO_FOLDER --out SHARDS" in line
     missing = tmp_path / "none"
     assert f"shard folder {missing} is not there" in refused(capsys, "--config", "digits", "--data.shards", missing)
@@ -49,7 +51,7 @@ def test_manifest_of_another_version_or_rate(capsys: pytest.CaptureFixture[str],
     line = refused(capsys, "--config", "quickstart", "--data.shards", tmp_path)
     assert "format version 99; this program reads version 1" in line
     line = refused(capsys, "--config", "quickstart", "--data.shards", shards / "train", "--data.sampling_rate", 16000)
-    assert "holds audio at 32000 Hz but data.sampling_rate is 16000" in line
+    assert quoted("holds audio at 32000 Hz but data.sampling_rate is 16000") in line
 
 
 def test_global_batch_below_the_world(
@@ -58,7 +60,7 @@ def test_global_batch_below_the_world(
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "40")
     line = refused(capsys, "--config", "quickstart", "--data.shards", shards / "train")
-    assert "train.global_batch_size is 32, but the run has 40 ranks" in line
+    assert quoted("train.global_batch_size is 32, but the run has 40 ranks") in line
 
 
 def test_other_ranks_do_not_repeat_the_line(

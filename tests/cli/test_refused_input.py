@@ -12,6 +12,7 @@ from mellow_ds.checkpoint.files_list import verify_checkpoint
 from mellow_ds.model.tokenizer import train_tokenizer
 from tests.cli.damage import damage_audio, sample_keys
 from tests.cli.runs import TINY, Done, forked
+from tests.guide import quoted
 
 pytestmark = pytest.mark.slow
 
@@ -112,13 +113,14 @@ def test_a_tokenizer_that_does_not_belong_to_the_decoder(shards: Path, tmp_path:
     (done,) = forked("train.py", *training(shards / "train", tmp_path / "run", *named))
     line = only_line(done)
     assert "has ids up to 59" in line
+    assert quoted("do not belong together") in line
     assert f"decoder '{tmp_path / 'decoder'}' has embeddings for 20" in line
     assert str(tmp_path / "other") in line
 
     own.save_pretrained(tmp_path / "decoder")
     (done,) = forked("train.py", *training(shards / "train", tmp_path / "second", *named))
     line = only_line(done)
-    assert f"data.tokenizer_type '{tmp_path / 'other'}' gives other ids than" in line
+    assert f"data.tokenizer_type '{tmp_path / 'other'}' {quoted('gives other ids than')}" in line
 
 
 def test_a_checkpoint_of_another_model_shape(straight: Path, shards: Path, tmp_path: Path) -> None:
@@ -132,7 +134,7 @@ def test_a_checkpoint_of_another_model_shape(straight: Path, shards: Path, tmp_p
         (done,) = forked("train.py", *arguments)
         line = only_line(done)
         assert str(run / "checkpoints" / "step-000006" / "model.safetensors.index.json") in line
-        assert "is of another model shape: decoder.model.layers.0.mlp" in line
+        assert quoted("is of another model shape") + ": decoder.model.layers.0.mlp" in line
     verify_checkpoint(run / "checkpoints" / "step-000006")
     assert (run / "config.yaml").read_text() == (straight / "config.yaml").read_text()
 

@@ -55,6 +55,7 @@ from tests.data.made_shards import (
     simple_clips,
     write_shards,
 )
+from tests.guide import quoted
 from tests.ranks import run_ranks
 
 TAR, INDEX = "shard-000000.tar", "shard-000000.index.npy"
@@ -482,7 +483,7 @@ def test_13_a_shard_replaced_on_resume_is_a_fingerprint_error(shards: Path, tmp_
     other = write_shards(tmp_path / "other", clips)
     assert ShardReader([other], RATE).num_questions == ShardReader([shards], RATE).num_questions
     with pytest.raises(
-        ShardError, match=r"data\.shards have the fingerprint \w+, but the run .* was trained on"
+        ShardError, match=quoted("data.shards have the fingerprint") + r" \w+, but the run .* was trained on"
     ) as error:
         stream_of(ShardReader([other], RATE), state=state)
     one_line(error)
@@ -497,7 +498,9 @@ def test_13_a_shard_replaced_after_the_start_never_gives_other_samples(shards: P
     assert (other / TAR).stat().st_size == (shards / TAR).stat().st_size
     reader = ShardReader([shards], RATE)
     (other / TAR).replace(shards / TAR)
-    with pytest.raises(BadSampleError, match=r"its checksum is not the one in the index.*or was replaced") as error:
+    with pytest.raises(
+        BadSampleError, match=quoted("its checksum is not the one in the index") + ".*or was replaced"
+    ) as error:
         reader.sample(0, 0)
     one_line(error)
 

@@ -7,6 +7,7 @@ import pytest
 from mellow_ds.monitor.heartbeat import ENDED, Beat, write_beat
 from mellow_ds.monitor.process_id import ProcessId
 from mellow_ds.monitor.standstill import Observer, Seen, describe_standstill, find_behind, still_since
+from tests.guide import quoted
 
 FAR = ProcessId("gpu003", 4711)
 NOW = 100.0
@@ -59,11 +60,11 @@ def test_the_line_names_rank_host_phase_step_and_examples() -> None:
     assert "rank 1 (host gpu003, pid 4711) is behind: it is stopped (by a signal such as SIGSTOP), last seen in " in (
         line([seen(0, 12, "agree"), seen(1, 12, "agree", state="stopped")])
     )
-    assert "is behind: it gives no sign of life, last seen in agree of step 12;" in (
+    assert f"is behind: it {quoted('gives no sign of life')}, last seen in agree of step 12;" in (
         line([seen(0, 12, "agree"), seen(1, 12, "agree", 9.0, state="unknown")])
     )
     assert "rank 1 is behind: it has left no heartbeat;" in line([seen(0, 12, "agree"), Seen(1, None, 0.0, 0.0)])
-    assert "all 2 ranks are in agree of step 12, none behind the others;" in (
+    assert f"all 2 ranks are in agree of step 12, {quoted('none behind the others')};" in (
         line([seen(0, 12, "agree", waits=True), seen(1, 12, "agree", waits=True)])
     )
     assert ": rank 0 (host gpu003, pid 4711) stands in fetch of step 12;" in line([seen(0, 12, "fetch")])

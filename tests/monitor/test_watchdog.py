@@ -13,6 +13,7 @@ import pytest
 from mellow_ds.monitor.endings import first_ending
 from mellow_ds.monitor.heartbeat import make_heartbeats, read_beat
 from mellow_ds.monitor.watchdog import group_timeout_seconds
+from tests.guide import quoted
 
 pytestmark = pytest.mark.slow
 RANK = """
@@ -89,8 +90,10 @@ def test_a_single_rank_that_stands_still_says_where_and_ends(ranks: Ranks, folde
     code, said = end_of(process)
     assert code == 1
     lines = said.splitlines()
-    assert lines[0].startswith(f"error: no progress for 2 s (train.hang_seconds): rank 0 (host {os.uname().nodename}, ")
-    assert "stands in forward-backward of step 7 (examples a, b)" in lines[0]
+    assert lines[0].startswith(
+        f"error: {quoted('no progress for')} 2 s {quoted('(train.hang_seconds)')}: rank 0 (host {os.uname().nodename}, "
+    )
+    assert quoted("stands in forward-backward") + " of step 7 (examples a, b)" in lines[0]
     assert "in all_reduce_of_nobody" in lines[-1]
     assert "all_reduce_of_nobody" in (folder / "rank-00000.stacks.txt").read_text()
     assert "heartbeat" in (folder / "rank-00000.stacks.txt").read_text()  # all threads
