@@ -57,9 +57,18 @@ def op_problem(name: str, builders: Mapping[str, Any], has_gpu: bool) -> str:
 
 
 def is_compiled(name: str) -> bool:
-    """Whether an earlier run compiled the op on this machine, for some version of Python and torch."""
+    """Whether an earlier run in this environment compiled the op; in another one it would be compiled anew."""
     root = extensions_root()
-    return any(True for pattern in (f"{name}/{name}.so", f"*/{name}/{name}.so") for _ in root.glob(pattern))
+    built = (so for pattern in (f"{name}/{name}.so", f"*/{name}/{name}.so") for so in root.glob(pattern))
+    return any(_is_of_this_environment(so.with_name("build.ninja")) for so in built)
+
+
+def _is_of_this_environment(recipe: Path) -> bool:
+    """Whether ninja's file names the headers of the torch that runs here."""
+    try:
+        return str(Path(sys.prefix)) in recipe.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def check_nvme(engine_json: dict[str, Any], builders: Mapping[str, Any], has_gpu: bool) -> None:

@@ -1,5 +1,6 @@
 """What is said of ops that do not build, and of NVMe folders, before DeepSpeed tries."""
 
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -84,6 +85,11 @@ def test_deepspeed_is_not_asked_for_what_it_cannot_do(tmp_path: Path) -> None:
 def test_compiled_ops_are_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     assert not is_compiled(ASYNC_IO)
-    (tmp_path / "py311_cpu" / ASYNC_IO).mkdir(parents=True)
-    (tmp_path / "py311_cpu" / ASYNC_IO / f"{ASYNC_IO}.so").touch()
+    built = tmp_path / "py311_cpu" / ASYNC_IO
+    built.mkdir(parents=True)
+    (built / f"{ASYNC_IO}.so").touch()
+    assert not is_compiled(ASYNC_IO)
+    (built / "build.ninja").write_text("cflags = -I/another/environment/include\n")
+    assert not is_compiled(ASYNC_IO)  # ninja would compile it anew for this one
+    (built / "build.ninja").write_text(f"cflags = -I{sys.prefix}/include\n")
     assert is_compiled(ASYNC_IO)
