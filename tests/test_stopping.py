@@ -1,6 +1,8 @@
 """Signals become exit codes; a budget of wall clock leaves room for a step and a save."""
 
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -12,8 +14,9 @@ from mellow_ds.stopping import StopRequest, TimeBudget
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """Signals are as they were afterwards."""
+    """Signals are as Python sets them (a shell has its background jobs ignore SIGINT), and as they were afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
@@ -28,6 +31,25 @@ def test_signals_become_exit_codes(number: signal.Signals, code: int) -> None:
     stop.listen()
     signal.raise_signal(number)
     assert stop.exit_code == code
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("SIGTERM", "SIGTERM"), ("SIGUSR1", "SIGTERM"), ("SIGINT", "SIGINT"), ("SIGTERM", "SIGUSR1")]
+)
+def test_a_second_signal_ends_the_process_at_once(first: str, second: str) -> None:
+    code = f"""
+import signal
+from mellow_ds.stopping import StopRequest
+stop = StopRequest()
+stop.listen()
+signal.raise_signal(signal.{first})
+print("goes on", stop.exit_code, flush=True)
+signal.raise_signal(signal.{second})
+print("not reached", flush=True)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    assert done.stdout == f"goes on {EXIT_INTERRUPTED if first == 'SIGINT' else EXIT_STOPPED}\n"
+    assert done.returncode == -signal.Signals[second]
 
 
 def test_ctrl_c_ends_the_start_at_once() -> None:
