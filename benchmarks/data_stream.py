@@ -300,7 +300,8 @@ def copy_shards(source: Path, out: Path, number: int) -> Path:
 
 def first_batch(folder: Path, step: int) -> None:
     """Open the shards and take the batch of `step` out of a training stream."""
-    from mellow_ds.config.schema import DataConfig, TrainConfig
+    from mellow_ds.config.schema import DataConfig
+    from mellow_ds.config.train_keys import TrainConfig
     from mellow_ds.data.reader import ShardReader
     from mellow_ds.data.stream import TrainStream
     from mellow_ds.prompt import Layout

@@ -161,7 +161,7 @@ def measure_on_rank(world: Any, rounds: int, layers: int, tiny: bool) -> dict[st
     """Seconds of every step by variant, wall clock and CPU of this rank; the first step of each is not counted."""
     import torch.distributed as dist
 
-    from mellow_ds.config.schema import TrainConfig
+    from mellow_ds.config.train_keys import TrainConfig
 
     config = TrainConfig(learning_rate=1e-4, max_grad_norm=1.0)
     models = [build_model(layers, tiny) for _ in range(4)]

@@ -109,7 +109,8 @@ def measure_child(folder: Path, workers: int, batch_size: int, seconds: float) -
     """Read one folder for some seconds; runs in the process of its own."""
     import torch
 
-    from mellow_ds.config.schema import DataConfig, TrainConfig
+    from mellow_ds.config.schema import DataConfig
+    from mellow_ds.config.train_keys import TrainConfig
     from mellow_ds.data.corpus import iterate_texts
     from mellow_ds.data.reader import ShardReader
     from mellow_ds.data.stream import TrainStream

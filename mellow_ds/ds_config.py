@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mellow_ds.config.schema import MixedPrecisionConfig
+from mellow_ds.config.train_keys import MixedPrecisionConfig
 from mellow_ds.errors import ConfigError
 
 AUTO = "auto"

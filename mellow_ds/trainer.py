@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from mellow_ds.checkpoint.store import CheckpointStore, SaveOutcome
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.kinds import Kinds
 from mellow_ds.data.stream import StepBatches
 from mellow_ds.engine.protocol import Engine, StepResult

@@ -19,4 +19,5 @@ run() {
 run tests/soak/mutations.py --rounds 10000 --seed "$seed"
 run tests/soak/kill_and_resume.py --cycles 100 --seed "$seed"
 run tests/soak/kill_during_save.py --kills 200 --seed "$seed"
+run tests/soak/kill_runs.py --kills 24 --seed "$seed"
 run tests/soak/preemption.py --rounds 50 --seed "$seed"

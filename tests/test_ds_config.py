@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mellow_ds.config.schema import MixedPrecisionConfig
+from mellow_ds.config.train_keys import MixedPrecisionConfig
 from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json, resolve_engine_json
 from mellow_ds.errors import ConfigError
 

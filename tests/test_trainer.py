@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mellow_ds.checkpoint.store import SaveOutcome
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.examples import LoadStats
 from mellow_ds.data.kinds import Kinds
 from mellow_ds.data.reader import BadSampleError, Place

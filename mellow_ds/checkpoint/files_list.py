@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.errors import CheckpointError
 
 FILES_NAME = "files.json"
@@ -81,6 +82,16 @@ def verify_checkpoint(folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
             raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
         if found != entries[name]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not what was written")
+
+
+def damage_of(folder: Path, peers: Peers) -> str:
+    """What is wrong with a step folder, the same line on all ranks, which share the reading; empty where nothing is."""
+    own = ""
+    try:
+        verify_checkpoint(folder, peers.world.rank, peers.world.size)
+    except (CheckpointError, OSError) as error:
+        own = str(error)
+    return next(filter(None, peers.texts(own)), "")
 
 
 def _share(entries: Mapping[str, FileEntry], rank: int, num_ranks: int) -> Iterable[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from mellow_ds.checkpoint.background import BackgroundTask
 from mellow_ds.checkpoint.failure import reason_of, room
-from mellow_ds.checkpoint.files_list import verify_checkpoint
+from mellow_ds.checkpoint.files_list import damage_of
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.random_states import generator_states
 from mellow_ds.checkpoint.retention import published_steps, remove_old
@@ -93,22 +93,30 @@ class CheckpointStore:
         return self._folder / step_name(step)
 
     def newest(self) -> Path | None:
-        """The newest step folder whose files are all there and are what was written; None where there is none.
+        """The newest step folder whose files are all there and are what was written; None where there is no step.
 
-        A damaged one is passed over with a warning: the run goes on from the one before. The ranks share the reading.
+        A damaged one is passed over with a warning: the run goes on from the one before. Raises `CheckpointError` with
+        a list of them where all are damaged: to start from nothing then is for the user to say. The ranks share the
+        reading.
         """
         own = []
         if self._world.is_main:
             for path in publish_written(self._folder):
                 _log.info("%s was whole when the run ended; it is published now", path.name)
             own = [step for path in self.steps() if (step := step_of(path)) is not None]
-        for step in reversed(self._peers.from_main(own)):
-            path = self.folder_of(step)
-            damage = next(filter(None, self._peers.texts(self._damage(path))), "")
+        steps, damages = self._peers.from_main(own), []
+        for step in reversed(steps):
+            damage = damage_of(self.folder_of(step), self._peers)
             if not damage:
-                return path
-            if self._world.is_main:
+                return self.folder_of(step)
+            damages.append(damage)
+            if self._world.is_main and step != steps[0]:
                 _log.warning("%s; trying the step before it", damage)
+        if damages:
+            raise CheckpointError(
+                f"{self._folder} has no step that is whole: {'; '.join(damages)}; bring one back from a copy, or "
+                "choose another save_dir to start from nothing"
+            )
         return None
 
     def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
@@ -212,14 +220,6 @@ class CheckpointStore:
         self._pending = None
         seconds = time.monotonic() - pending.started
         return SaveOutcome(pending.step, pending.final, pending.num_bytes, pending.seconds_blocked, seconds, error)
-
-    def _damage(self, path: Path) -> str:
-        """What is wrong with this rank's share of a step's files; empty where nothing is."""
-        try:
-            verify_checkpoint(path, self._world.rank, self._world.size)
-        except (CheckpointError, OSError) as error:
-            return str(error)
-        return ""
 
     def _described(self) -> dict[str, bytes]:
         """The files of `describe`, made once and here: a tokenizer may not be used by two threads at a time."""

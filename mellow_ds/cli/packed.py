@@ -61,9 +61,11 @@ def _cache_folder(config: RunConfig) -> Path:
 
 def _name(config: RunConfig) -> str:
     """Another folder for other questions, another audio folder or another rate."""
+    from mellow_ds.packing.parts.shard_copy import file_sha256
+
     digest = hashlib.sha256(f"{Path(config.data.datapath).resolve()} {config.data.sampling_rate}".encode())
     for file in config.data.datafiles:
-        digest.update(hashlib.sha256(Path(file).read_bytes()).digest())
+        digest.update(bytes.fromhex(file_sha256(Path(file))))
     return f"{Path(config.data.datafiles[0]).stem}-{digest.hexdigest()[:12]}"
 
 

@@ -31,7 +31,7 @@ def held_run_folder(config: RunConfig, world: World, device: torch.device) -> It
     refused: MellowError | OSError | None = None
     if world.is_main:
         try:
-            lock = RunLock.take(folder) if trains else None
+            lock = RunLock.take(folder, world.launch_id) if trains else None
             make_heartbeats(heartbeats)
         except (MellowError, OSError) as error:
             refused = error

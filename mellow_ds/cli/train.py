@@ -1,17 +1,20 @@
 """`train.py` and `mellow-ds train`: check what was given, then build the parts of a run and let the trainer run."""
 
 import logging
+import os
 import sys
 import traceback
 from pathlib import Path
 
+from mellow_ds.checkpoint.retention import published_steps
 from mellow_ds.cli.arguments import parse_run_arguments
 from mellow_ds.cli.packed import check_files, needs_packing, with_packed_shards
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.shard_cache import ShardCache
 from mellow_ds.data.shard_source import open_source
 from mellow_ds.ds_config import read_engine_json, zero_stage
-from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
+from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, FaultError, MellowError
+from mellow_ds.launcher.lifeline import hold_on
 from mellow_ds.log import setup_logging
 from mellow_ds.monitor.heartbeat import one_line
 from mellow_ds.stopping import StopRequest, end_with_parent
@@ -48,6 +51,7 @@ def main(arguments: list[str] | None = None, program: str = "train.py", mode: st
 def check_inputs(config: RunConfig, world: World) -> None:
     """Everything that can be known to be wrong before torch is imported and a GPU is taken."""
     zero_stage(read_engine_json(config.deepspeed_config))
+    _check_save_dir(Path(config.save_dir))
     if needs_packing(config):
         check_files(config)
     if config.mode == "train":
@@ -58,8 +62,8 @@ def check_inputs(config: RunConfig, world: World) -> None:
                 f"train.global_batch_size is {config.train.global_batch_size}, but the run has {world.size} ranks: "
                 "every rank needs at least one example; raise it or start fewer ranks"
             )
-        if config.resume_checkpoint and not Path(config.resume_checkpoint).exists():
-            raise ConfigError(f"resume_checkpoint {config.resume_checkpoint} is not there")
+        if config.resume_checkpoint:
+            _check_step_folder("resume_checkpoint", Path(config.resume_checkpoint))
         if config.train.evaluate_at_end or config.train.evaluate_every_steps:
             _check_shards(config, config.data.eval_shards, "data.eval_shards")
         return
@@ -70,10 +74,31 @@ def check_inputs(config: RunConfig, world: World) -> None:
             f"--checkpoint_path {config.resume_checkpoint} is a file: name a step folder; a checkpoint of the original "
             "Mellow is converted first with mellow-ds convert --from-mellow"
         )
-    if not Path(config.resume_checkpoint).is_dir():
-        raise ConfigError(f"--checkpoint_path {config.resume_checkpoint} is not there: name a step folder of a run")
+    _check_step_folder("--checkpoint_path", Path(config.resume_checkpoint))
     if not needs_packing(config):
         _check_shards(config, config.data.eval_shards or config.data.train_shards, "data.eval_shards")
+
+
+def _check_save_dir(folder: Path) -> None:
+    """That the run folder can be made and written, by what the system says of it or of the nearest folder above it."""
+    there = next(path for path in (folder, *folder.absolute().parents) if os.access(path, os.F_OK))
+    if not there.is_dir():
+        raise ConfigError(f"save_dir {folder} cannot be made: {there} is a file; choose another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"save_dir {folder} cannot be written: {there} is on a read-only disk or another user's; choose another one"
+        )
+
+
+def _check_step_folder(key: str, folder: Path) -> None:
+    """That a step is named that is there, and no folder of steps; else those that are there are told."""
+    inside = next((place for place in (folder, folder / "checkpoints") if published_steps(place)), None)
+    if folder.is_dir() and inside is None:
+        return  # what it holds is looked at where it is opened
+    steps = published_steps(inside or folder.parent)
+    what = "holds steps and is none" if inside else "is not there"
+    there = f"; {steps[0].parent} has {', '.join(step.name for step in steps)}" if steps else ""
+    raise ConfigError(f"{key} {folder} {what}: name a step folder of a run{there}")
 
 
 def _check_shards(config: RunConfig, folders: tuple[str, ...], key: str) -> None:
@@ -116,12 +141,16 @@ def _check_features(config: RunConfig, folder: str) -> None:
 
 def run(config: RunConfig, world: World) -> int:
     """Join the other ranks and do what `config.mode` says."""
+    stop = StopRequest()
     if world.launcher != "none":
         end_with_parent()
-    stop = StopRequest()
+        hold_on(lambda: stop.exit_code)
     folder = Path(config.save_dir)
     if world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise FaultError(f"save_dir {folder} cannot be made ({error.strerror})") from None
     setup_logging(world, folder / "log.txt" if world.is_main else None)
     if needs_packing(config):
         config = with_packed_shards(config, world)

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from mellow_ds.checkpoint.files_list import FILES_NAME, damage_of
 from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights, open_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.step_folder import read_state
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.cli.evaluation import evaluate_model, measure_engine
 from mellow_ds.config.load import dump_run_config
-from mellow_ds.config.schema import PARTS, RunConfig
+from mellow_ds.config.schema import RunConfig
+from mellow_ds.config.train_keys import PARTS
 from mellow_ds.data.corpus import iterate_texts
 from mellow_ds.data.mixture import epochs_from_config
 from mellow_ds.data.order import BatchPlan, steps_per_epoch
@@ -26,7 +28,7 @@ from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json
 from mellow_ds.engine.build import build_engine, shards_parameters
 from mellow_ds.engine.protocol import Engine
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
-from mellow_ds.errors import ConfigError
+from mellow_ds.errors import CheckpointError, ConfigError
 from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer, unfrozen_parts
 from mellow_ds.model.blocks import compile_blocks, recompute_activations
 from mellow_ds.model.fingerprint import check_features
@@ -109,13 +111,14 @@ def _train_phase(run: _Run) -> tuple[int, int]:
     """Build everything for the phase that the newest checkpoint stands in and train to its end: (exit code, step)."""
     config, world, device, reader, heartbeat = run.config, run.world, run.device, run.reader, run.heartbeat
     folder = Path(config.save_dir)
+    peers = Peers(world, device)
     checkpoints = CheckpointStore(
-        folder / "checkpoints", config.train.keep_checkpoints, Peers(world, device),
+        folder / "checkpoints", config.train.keep_checkpoints, peers,
         describe=lambda step_folder: parts.describe(step_folder),  # made below: they depend on what is found
         keep_best=config.train.keep_best,
     )  # fmt: skip
     resumed = _find_resumed(config, checkpoints)
-    start_from = resumed or (Path(config.resume_checkpoint) if config.resume_checkpoint else None)
+    start_from = resumed or _named_start(config, peers)
     parts = _build_parts(config, reader, folder, world, start_from)
     _load_start(parts.model, start_from, reader)
     start_step = int(read_state(resumed)["progress"]["step"]) if resumed else 0
@@ -244,6 +247,19 @@ def _find_resumed(config: RunConfig, checkpoints: CheckpointStore) -> Path | Non
         raise ConfigError(f"{found} is there and train.resume is never: choose another save_dir, or set resume to auto")
     _log.info("going on from %s", found)
     return found
+
+
+def _named_start(config: RunConfig, peers: Peers) -> Path | None:
+    """The folder of `resume_checkpoint`; where it is a step folder, its files must be what was written."""
+    if not config.resume_checkpoint:
+        return None
+    folder = Path(config.resume_checkpoint)
+    # where one rank finds a list, all share the reading: hosts may see different disks
+    has_no_list = peers.all_ok(not (folder / FILES_NAME).is_file())
+    damage = "" if has_no_list else damage_of(folder, peers)
+    if damage:
+        raise CheckpointError(f"resume_checkpoint: {damage}; name another step folder")
+    return folder
 
 
 def _say_what_runs(

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import numpy as np
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.errors import ConfigError
 from mellow_ds.world import World
 

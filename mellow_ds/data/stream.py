@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import DataConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.data.examples import BatchBuilder, EvalExample, LoadedBatch, LoadStats
 from mellow_ds.data.kinds import kinds_from_config

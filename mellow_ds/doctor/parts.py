@@ -1,6 +1,6 @@
 """Findings about what is trained: phases and features, optimizers, tied weights, BatchNorm, LoRA."""
 
-from mellow_ds.config.schema import PARTS
+from mellow_ds.config.train_keys import PARTS
 from mellow_ds.doctor.facts import Case, ModelFacts
 from mellow_ds.doctor.findings import NOTE, SLOW, STOPS, Finding
 from mellow_ds.doctor.memory import back_end_of, setup_of, stays_gathered

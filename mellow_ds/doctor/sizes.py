@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
-from mellow_ds.config.schema import PARTS, RunConfig
+from mellow_ds.config.schema import RunConfig
+from mellow_ds.config.train_keys import PARTS
 from mellow_ds.doctor.activations import count_activations
 from mellow_ds.doctor.facts import ModelFacts, PartFacts
 from mellow_ds.errors import ConfigError

@@ -12,7 +12,8 @@ DeepSpeed 0.19.8 (tests/doctor/test_against_engines.py), in multiples of P (N - 
 | 3 | 3 a | in each micro-batch: all-gather of weights for the forward and for the backward pass, reduce of gradients |
 
 With DeepSpeed's default `use_multi_rank_bucket_allreduce` stages 1 and 2 all-reduce gradients instead: 3 and 2 a + 1.
-At stage 3 a model whose two passes stay below stage3_max_reuse_distance is gathered once a micro-batch: 2 a.
+At stage 3 a model whose two passes stay below stage3_max_reuse_distance is gathered once a micro-batch: 2 a. A larger
+one frees a tied embedding between its two uses in each pass: that is gathered twice more a micro-batch.
 """
 
 
@@ -33,7 +34,10 @@ def step_bytes(
     micro_batches: int = 1,
     all_reduces: bool = False,
     gathers: int = 2,
+    num_tied: int = 0,
 ) -> float:
-    """What each rank sends in a step."""
-    turns = step_turns(stage, micro_batches, all_reduces, gathers)
-    return number_bytes * turns * num_trained * (world - 1) / world
+    """What each rank sends in a step. `num_tied`: of the trained numbers, those used at both ends of the model."""
+    sent = step_turns(stage, micro_batches, all_reduces, gathers) * num_trained
+    if stage == 3 and gathers > 1:
+        sent += 2 * micro_batches * num_tied
+    return number_bytes * sent * (world - 1) / world

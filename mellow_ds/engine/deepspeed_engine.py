@@ -20,7 +20,7 @@ from deepspeed.utils import (
 )
 from torch import nn
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.ds_config import StepShape, offloads_optimizer, resolve_engine_json, zero_stage
 from mellow_ds.engine.fragments import Fragments
 from mellow_ds.engine.frozen import HALF_TYPES, hidden, place, whole_parts

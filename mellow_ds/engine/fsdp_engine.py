@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.ds_config import StepShape, offload_device, resolve_engine_json, zero_stage
 from mellow_ds.engine.fault import RandomState

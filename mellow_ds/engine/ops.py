@@ -60,13 +60,15 @@ def is_compiled(name: str) -> bool:
     """Whether an earlier run in this environment compiled the op; in another one it would be compiled anew."""
     root = extensions_root()
     built = (so for pattern in (f"{name}/{name}.so", f"*/{name}/{name}.so") for so in root.glob(pattern))
-    return any(_is_of_this_environment(so.with_name("build.ninja")) for so in built)
+    return any(_is_whole_and_ours(so, so.with_name("build.ninja")) for so in built)
 
 
-def _is_of_this_environment(recipe: Path) -> bool:
-    """Whether ninja's file names the headers of the torch that runs here."""
+def _is_whole_and_ours(library: Path, recipe: Path) -> bool:
+    """Whether ninja's file names the headers of the torch that runs here, and the library came after it: a compilation
+    that was interrupted leaves that of the one before."""
     try:
-        return str(Path(sys.prefix)) in recipe.read_text(encoding="utf-8", errors="replace")
+        is_ours = str(Path(sys.prefix)) in recipe.read_text(encoding="utf-8", errors="replace")
+        return is_ours and library.stat().st_mtime >= recipe.stat().st_mtime
     except OSError:
         return False
 

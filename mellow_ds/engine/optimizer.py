@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mellow_ds.config.schema import PARTS, TrainConfig
+from mellow_ds.config.train_keys import PARTS, TrainConfig
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and its kin keep of a parameter, beside a count
 MUON_MOMENTS = ("momentum_buffer",)

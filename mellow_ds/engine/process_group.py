@@ -22,12 +22,7 @@ def start_process_group(world: World, backend: str = "", timeout_seconds: float 
     use_gpu = torch.cuda.is_available() and backend != "gloo"
     if backend == "nccl" and not torch.cuda.is_available():
         raise ConfigError("--distributed-backend nccl needs a GPU, and this process sees none: use gloo")
-    if use_gpu and world.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"local rank {world.local_rank} has no GPU: this host has {torch.cuda.device_count()}; "
-            "start at most one process a GPU"
-        )
-    device = torch.device("cuda", world.local_rank) if use_gpu else torch.device("cpu")
+    device = torch.device("cuda", world.device_index(torch.cuda.device_count())) if use_gpu else torch.device("cpu")
     if use_gpu:
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
@@ -42,7 +37,8 @@ def start_process_group(world: World, backend: str = "", timeout_seconds: float 
         return device
     address, port = world.rendezvous(os.environ)
     os.environ.update(
-        RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
+        RANK=str(world.rank), WORLD_SIZE=str(world.size),
+        LOCAL_RANK=str(device.index if use_gpu else world.local_rank),  # DeepSpeed takes it for the number of the GPU
         MASTER_ADDR=address, MASTER_PORT=str(port),
     )  # fmt: skip
     dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)

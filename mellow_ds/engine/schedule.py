@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.errors import ConfigError
 
 _RUNNING_MEAN_DECAY = 0.99  # weight of the past in the running mean of gradient norms: about 100 steps

@@ -17,7 +17,7 @@ from mellow_ds.model.meta import ReadWeight, materialise
 
 
 class ShardedModel:
-    """A model under `fully_shard`; stages as ZeRO's, see docs/distributed.md.
+    """A model under `fully_shard`; stages as ZeRO's, see docs/communication.md.
 
     Stage 1 keeps parameters gathered from a micro-batch's forward to the step's last backward, and gradients whole
     until then; stage 2 gathers for each micro-batch and reduces gradients in each; stage 3 also frees the parameters of

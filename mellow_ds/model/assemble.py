@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from mellow_ds.config.schema import PARTS, DataConfig, ModelConfig
+from mellow_ds.config.schema import DataConfig, ModelConfig
+from mellow_ds.config.train_keys import PARTS
 from mellow_ds.errors import ConfigError
 from mellow_ds.model.configuration import (
     CNN14,

@@ -13,7 +13,7 @@ from transformers.cache_utils import Cache
 from transformers.models.clap.modeling_clap import ClapAudioSelfAttention
 from transformers.utils import ModelOutput
 
-from mellow_ds.config.schema import PARTS
+from mellow_ds.config.train_keys import PARTS
 from mellow_ds.data.batch import IGNORE_INDEX
 from mellow_ds.errors import ConfigError, MellowError
 from mellow_ds.model.configuration import MellowConfig

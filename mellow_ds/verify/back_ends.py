@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.ds_config import StepShape
 from mellow_ds.engine.build import build_engine
 from mellow_ds.engine.protocol import Engine

@@ -13,7 +13,7 @@ from mellow_ds.checkpoint.snapshot import MOMENT_SEPARATOR
 from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.checkpoint.tensor_files import TensorFiles
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.order import BatchPlan
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.stream import StepBatches, TrainStream

@@ -6,7 +6,7 @@ is read from disk.
 
 import torch
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import IGNORE_INDEX, Batch
 from mellow_ds.model.configuration import MellowConfig, MellowEncoderConfig
 from mellow_ds.model.modeling import MellowForConditionalGeneration

@@ -133,7 +133,7 @@ class Measured:
 
 
 def expected_bytes(case: TrafficCase, sizes: Sizes, world_size: int) -> float:
-    """The formula of docs/distributed.md: that a rank sends in a step, in ring terms.
+    """The formula of docs/communication.md: that a rank sends in a step, in ring terms.
 
     An all-reduce is two turns, a reduce (scatter) or an all-gather one; in each, (N - 1) / N of the numbers are sent.
     """

@@ -3,7 +3,7 @@
 import engine_overhead
 import pytest
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.verify.processes import run_ranks
 from mellow_ds.world import World
 

@@ -16,9 +16,9 @@ from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.checkpoint.tensor_files import TensorFiles
 from mellow_ds.engine.protocol import Engine
 from mellow_ds.model.modeling import MellowForConditionalGeneration
-from mellow_ds.verify.small import TRAIN, batch_of, small_model
+from mellow_ds.verify.small import small_model
 from mellow_ds.world import World
-from tests.engine.cases import EXAMPLES, make_engine, train
+from tests.engine.cases import EXAMPLES, make_engine, reference, train
 from tests.ranks import run_ranks
 
 
@@ -32,26 +32,6 @@ def marked_model() -> MellowForConditionalGeneration:
             if name.endswith("running_mean"):
                 buffer.fill_(0.25)
     return model
-
-
-def straight_run() -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, norms and final weights of plain PyTorch over all steps."""
-    model = marked_model()
-    groups: dict[float, list[torch.nn.Parameter]] = {TRAIN.weight_decay: [], 0.0: []}
-    for name, parameter in model.named_parameters():
-        groups[TRAIN.weight_decay if parameter.ndim > 1 and "embed" not in name else 0.0].append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": parameters, "weight_decay": decay} for decay, parameters in groups.items()], lr=TRAIN.learning_rate
-    )
-    losses, norms = [], []
-    for numbers in EXAMPLES:
-        loss = model(**batch_of(numbers, model.num_audio_tokens).model_inputs()).loss
-        optimizer.zero_grad()
-        loss.backward()
-        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.max_grad_norm)))
-        optimizer.step()
-        losses.append(loss.item())
-    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 def step_of(folder: Path, stage: int, num_ranks: int) -> Path:
@@ -91,7 +71,7 @@ def save(world: World, folder: Path, stages: tuple[int, ...]) -> None:
 
 def go_on(world: World, folder: Path, saved_on: int, stages: tuple[tuple[int, int], ...]) -> None:
     """From the checkpoint of the first stage, under the second."""
-    losses, norms, weights = straight_run()
+    losses, norms, weights = reference(make=marked_model)
     for saved_stage, stage in stages:
         step = step_of(folder, saved_stage, saved_on)
         model = small_model(seed=77)

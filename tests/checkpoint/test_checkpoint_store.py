@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -123,16 +124,31 @@ def test_saving_a_step_again_never_leaves_a_moment_without_it(store: CheckpointS
     assert names(newest.parent) == ["step-000002", "step-000003"]
 
 
-def test_damaged_later_steps_do_not_push_out_new_ones(store: CheckpointStore) -> None:
-    """keep 2; steps 2 and 3 are damaged and the run goes on from nothing: what it saves must stay."""
-    for step in store.steps():
-        flip(step / "model.safetensors")
-    assert store.newest() is None
-    store.save(1, PlainEngine(1), STATE)
-    assert store.newest() == store.folder_of(1)
-    store.save(2, PlainEngine(2), STATE)
-    assert [path.name for path in store.steps()] == ["step-000001", "step-000002", "step-000003"]
-    assert store.newest() == store.folder_of(2)
+def test_damaged_later_steps_do_not_push_out_new_ones(tmp_path: Path) -> None:
+    """keep 1; step 6 is damaged and the run goes on from step 2: what it saves must stay."""
+    store = make_store(tmp_path, keep=2)
+    for step in (2, 6):
+        store.save(step, PlainEngine(step), STATE)
+    flip(store.folder_of(6) / "model.safetensors")
+    again = make_store(tmp_path, keep=1)
+    assert again.newest() == store.folder_of(2)
+    again.save(4, PlainEngine(4), STATE)
+    assert [path.name for path in again.steps()] == ["step-000004", "step-000006"]
+    assert again.newest() == store.folder_of(4)
+
+
+def test_where_every_step_is_damaged_they_are_listed_and_nothing_is_begun(store: CheckpointStore) -> None:
+    """Case 22: a run that started from nothing over them would look like one that goes on."""
+    flip(store.folder_of(3) / "model.safetensors")
+    (store.folder_of(2) / "state.json").unlink()
+    with pytest.raises(CheckpointError) as caught:
+        store.newest()
+    line = str(caught.value)
+    assert line.startswith(f"{store.folder_of(3).parent} has no step that is whole: ")
+    assert "step-000003/model.safetensors is damaged" in line
+    assert "step-000002/state.json is missing" in line
+    assert "another save_dir" in line
+    assert "\n" not in line
 
 
 @pytest.mark.parametrize(("code", "reason"), [(errno.ENOSPC, "the disk is full"), (errno.EROFS, "read-only")])
@@ -234,6 +250,30 @@ def test_training_goes_on_while_a_step_is_written(tmp_path: Path, monkeypatch: p
     assert outcomes[1].num_bytes == 3 * 22 * 4 + 3 * 8 + 4 * 4 + 8
     assert float(load_file(tmp_path / "step-000001" / "model.safetensors")["w0"][0, 0]) == 1
     assert store.wait() is None
+
+
+def test_all_is_on_the_disk_before_a_step_has_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every file and the folder itself are flushed before the rename, the folder around them after it."""
+    done: list[tuple[str, str]] = []
+    flush, rename = os.fsync, Path.rename
+
+    def noting_flush(descriptor: int) -> None:
+        done.append(("flush", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
+        flush(descriptor)
+
+    def noting_rename(path: Path, target: Path) -> Path:
+        done.append(("rename", str(target)))
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", noting_flush)
+    monkeypatch.setattr(Path, "rename", noting_rename)
+    saved = make_store(tmp_path).save(1, PlainEngine(1), STATE)
+    named = done.index(("rename", str(saved)))
+    aside = tmp_path / ".writing-step-000001"
+    before = [path for what, path in done[:named] if what == "flush"]
+    assert {str(aside / name) for name in names(saved)} < set(before)
+    assert before[-1] == str(aside)  # with all names in it
+    assert done[named + 1 :] == [("flush", str(tmp_path))]
 
 
 def test_a_step_that_was_written_but_not_published_is_published_at_the_next_start(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ TINY = [
 
 _COMMANDS = {"train.py": "mellow_ds.cli.train", "mellow-ds": "mellow_ds.cli.main", "mellow-shards": "shards.cli"}
 _COMMANDS["faulty.py"] = "tests.cli.faulty"  # train.py with a fault of the test's choice
+_COMMANDS["noting.py"] = "tests.cli.noting"  # train.py that notes its examples
 _DROPPED = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"}  # a launcher's
 _DROPPED |= {"PYTHONDONTWRITEBYTECODE"}  # without bytecode an import of torch and DeepSpeed takes twice the time
 _processes = multiprocessing.get_context("forkserver")
@@ -98,6 +99,10 @@ class Running:
         """Of the process that runs the command."""
         assert self._process.pid is not None
         return self._process.pid
+
+    def said(self) -> str:
+        """What it has said on stderr so far."""
+        return self._errors.read_text()
 
     def wait_for(self, found: Callable[[], bool], seconds: float = 200) -> None:
         """Return when `found()` is true; fail where the command ends before."""

@@ -51,8 +51,34 @@ def test_a_read_only_disk_is_named_and_the_newest_step_stays(straight: Path, sha
             assert "step-000003 stays loadable" in done.stderr
             assert "Traceback" not in done.stderr
         assert sorted(path.name for path in disk.iterdir()) == ["latest", "step-000003"]
+        (done,) = forked("train.py", *training(shards, disk / "runs" / "new"))  # and a run folder on it
+        assert done.returncode == 2
+        assert done.stderr.splitlines()[-1].startswith(f"error: save_dir {disk}/runs/new cannot be written: {disk} is ")
     finally:
         subprocess.run(["umount", disk], check=True)
+
+
+def test_steps_that_lack_a_rank_s_file_or_have_it_empty_are_passed_over(
+    straight: Path, shards: Path, tmp_path: Path
+) -> None:
+    """Case 23, on two ranks: each of them finds one of the two."""
+    run, steps = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    shutil.copytree(straight, run)
+    shutil.copytree(steps / "step-000006", steps / "step-000008")
+    (steps / "step-000008" / "model-00002-of-00002.safetensors").unlink()
+    os.truncate(steps / "step-000006" / "optimizer-00001-of-00002.safetensors", 0)
+    first, second = forked("train.py", *training(shards, run), num_ranks=2)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[-3000:] + second.stderr[-3000:]
+    warned = [line for line in first.stderr.splitlines() if "trying the step before it" in line]
+    assert "step-000008/model-00002-of-00002.safetensors is missing" in warned[0]
+    assert "step-000006/optimizer-00001-of-00002.safetensors has 0 bytes" in warned[1]
+    assert f"going on from {steps / 'step-000003'}" in first.stderr
+    verify_checkpoint(steps / "step-000006")  # as it was saved again
+    losses = [
+        [record["loss"] for record in read_metrics(folder / "metrics.jsonl") if record["kind"] == "step"]
+        for folder in (run, straight)
+    ]
+    assert losses[0] == losses[1]
 
 
 def test_a_signal_before_the_first_step_ends_with_its_code(shards: Path, tmp_path: Path) -> None:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from mellow_ds.cli import export as export_command
 from mellow_ds.cli.main import main
+from mellow_ds.config.load import load_run_config
 from mellow_ds.config.schema import DataConfig, DecoderConfig, EncoderConfig, LoraConfig, ModelConfig
-from mellow_ds.model.assemble import build_layout, build_model
+from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.model.processing import build_processor
 from mellow_ds.model.tokenizer import train_tokenizer
@@ -235,6 +236,38 @@ def test_a_run_with_adapters_from_training_to_an_answer(shards: Path, tmp_path: 
     ]
     assert [answer.returncode for answer in answers] == [0, 0]
     assert answers[0].stdout == answers[1].stdout
+
+
+@pytest.mark.slow
+def test_a_zero_1_run_with_a_frozen_part_is_exported_whole(shards: Path, tmp_path: Path) -> None:
+    """Case 26, on two ranks: DeepSpeed's own converter loses what is frozen at this stage."""
+    run = [
+        "--config", "quickstart", "--data.shards", shards / "train", "--save-dir", tmp_path / "run", *TINY,
+        "--engine", "deepspeed", "--deepspeed_config", "ds_configs/zero1.json", "--train.stop_at_step", "2",
+        "--train.phases", "[{from_step: 0, train: [projector, decoder]}]",
+    ]  # fmt: skip
+    done = forked("train.py", *run, num_ranks=2)
+    assert [rank.returncode for rank in done] == [0, 0], done[0].stderr[-3000:]
+    assert "DeepSpeed ZeRO-1" in done[0].stderr
+    step, out = tmp_path / "run" / "checkpoints" / "step-000002", tmp_path / "out"
+    (exported,) = forked("mellow-ds", "export", "--checkpoint", step, "--out", out)
+    assert exported.returncode == 0, exported.stderr[-3000:]
+    trained = {n.split("::")[0] for path in step.glob("optimizer*.safetensors") for n in load_file(path)}
+    written = load_file(out / "model.safetensors")
+    model = MellowForConditionalGeneration(MellowForConditionalGeneration.from_pretrained(out).config)
+    assert model.state_dict().keys() - written.keys() == {"decoder.lm_head.weight"}  # tied
+    assert not written.keys() - model.state_dict().keys()
+    frozen = {name: tensor for name, tensor in written.items() if name.startswith("encoder.")}
+    assert frozen
+    assert not frozen.keys() & trained
+    assert written.keys() == trained | frozen.keys()
+    saved = {n: t for path in step.glob("model*.safetensors") for n, t in load_file(path).items()}
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in written.items())
+    # and it is what the run began with: nothing else has its seed's values
+    begun = load_run_config(str(tmp_path / "run" / "config.yaml"))
+    tokenizer = load_tokenizer(begun.model, begun.data, saved=tmp_path / "run" / "tokenizer")
+    fresh = build_model(begun.model, begun.data, tokenizer, begun.train.seed).state_dict()
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in frozen.items())
 
 
 def test_help_needs_no_torch() -> None:

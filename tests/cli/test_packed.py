@@ -3,11 +3,13 @@
 import dataclasses
 import logging
 import multiprocessing
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from mellow_ds.cli import packed as packed_module
 from mellow_ds.cli.packed import check_files, needs_packing, with_packed_shards
 from mellow_ds.cli.train import main as train_main
 from mellow_ds.config.schema import DataConfig, RunConfig
@@ -80,3 +82,22 @@ def test_what_is_missing_is_named(corpus: Path, tmp_path: Path, capsys: pytest.C
     arguments = ["--config", "quickstart", "--data.datafiles", "none.json", "--data.datapath", str(corpus)]
     assert train_main(arguments) == 2
     assert "error: data.datafiles names none.json" in capsys.readouterr().err
+
+
+def test_large_json_is_not_held_in_memory(tmp_path: Path) -> None:
+    """To name the folder in the cache it is hashed, a piece at a time."""
+    file = tmp_path / "many.json"
+    with file.open("wb") as written:
+        written.truncate(40_000_000)
+    config = RunConfig(data=DataConfig(datafiles=(str(file),), datapath=str(tmp_path)))
+    tracemalloc.start()
+    try:
+        name = packed_module._name(config)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert name.startswith("many-")
+    assert most < 20_000_000
+    with file.open("ab") as written:
+        written.write(b"x")
+    assert packed_module._name(config) != name

@@ -139,6 +139,37 @@ def test_a_checkpoint_of_another_model_shape(straight: Path, shards: Path, tmp_p
     assert (run / "config.yaml").read_text() == (straight / "config.yaml").read_text()
 
 
+def test_damaged_steps_are_no_start(straight: Path, shards: Path, tmp_path: Path) -> None:
+    """Cases 22 and 24: neither a run over a folder of them, nor one that names such a step, begins."""
+    run = tmp_path / "run"
+    shutil.copytree(straight, run)
+    for step in (run / "checkpoints").iterdir():
+        file = step / "model-00001-of-00002.safetensors"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    (done,) = forked("train.py", *training(shards / "train", run))
+    line = only_line(done)
+    assert f"{run / 'checkpoints'} {quoted('has no step that is whole')}: " in line
+    assert all(f"step-00000{step}/model-00001-of-00002.safetensors is damaged" in line for step in (3, 6))
+    named = run / "checkpoints" / "step-000006"
+    for mode in ("train", "evaluate_checkpoint"):
+        (done,) = forked(
+            "train.py", *training(shards / "train", tmp_path / "new", "--checkpoint_path", named, "--mode", mode)
+        )
+        assert f"{named}/model-00001-of-00002.safetensors is damaged: its SHA-256 is not what was" in only_line(done)
+    assert not (tmp_path / "new" / "checkpoints").exists()
+
+
+def test_a_step_that_is_not_there_is_told_with_those_that_are(straight: Path, shards: Path, tmp_path: Path) -> None:
+    steps = straight / "checkpoints"
+    for named in (steps / "step-000009", steps, straight):
+        (done,) = forked("train.py", *training(shards / "train", tmp_path, "--checkpoint_path", named))
+        line = only_line(done)
+        assert str(named) in line
+        assert f"{steps} has step-000003, step-000006" in line
+
+
 @pytest.mark.parametrize("content", ['{"filepath1": "a.wav"}', "[1, 2", "[]", '"text"', "[[1]]", "\ufffe"])
 def test_json_that_is_not_a_list_of_records(content: str, tmp_path: Path) -> None:
     file = tmp_path / "train.json"

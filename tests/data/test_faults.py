@@ -38,7 +38,8 @@ import numpy as np
 import pytest
 import soundfile
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import DataConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.reader import BadSampleError, ShardReader
 from mellow_ds.data.stream import StepBatches, TrainStream
 from mellow_ds.errors import MellowError, ShardError

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.order import (
     BatchPlan,
     Order,

@@ -19,7 +19,8 @@ import fsspec
 import numpy as np
 import pytest
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import DataConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data import reader as reader_module
 from mellow_ds.data.reader import BadSampleError, ShardReader
 from mellow_ds.data.remote import Retries

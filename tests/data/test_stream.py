@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from mellow_ds.config.schema import DataConfig, MixtureSet, TrainConfig
+from mellow_ds.config.schema import DataConfig, MixtureSet
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.data.order import Order, examples_of_step, steps_per_epoch
 from mellow_ds.data.reader import ShardReader

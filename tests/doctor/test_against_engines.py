@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import IGNORE_INDEX, Batch
 from mellow_ds.doctor.facts import ActivationFacts, ModelFacts
 from mellow_ds.doctor.memory import Setup, state_bytes

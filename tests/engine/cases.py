@@ -1,17 +1,19 @@
 """What the tests of all back ends share: a reference in plain PyTorch, and steps cut for a world."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import Batch
 from mellow_ds.ds_config import StepShape
 from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine
 from mellow_ds.engine.fsdp_engine import FSDPEngine
 from mellow_ds.engine.step import StepEngine
+from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.verify.small import TRAIN, batch_of, small_model
 from mellow_ds.world import World
 
@@ -20,9 +22,14 @@ EXAMPLES = [list(range(7 * step, 7 * step + 7)) for step in range(NUM_STEPS - 1)
 ENGINES: dict[str, type[StepEngine]] = {"deepspeed": DeepSpeedEngine, "fsdp": FSDPEngine}
 
 
-def reference(num_steps: int = NUM_STEPS) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
-    """Losses, gradient norms and final weights of one process with one big batch, in plain PyTorch."""
-    model = small_model(seed=1)
+def reference(
+    num_steps: int = NUM_STEPS, make: Callable[[], MellowForConditionalGeneration] | None = None
+) -> tuple[list[float], list[float], dict[str, torch.Tensor]]:
+    """Losses, gradient norms and final weights of one process with one big batch, in plain PyTorch.
+
+    `make`: another model than that of seed 1.
+    """
+    model = make() if make else small_model(seed=1)
     parameters = dict(model.named_parameters())
     decayed = [p for name, p in parameters.items() if p.ndim > 1 and "embed" not in name]
     plain = [p for name, p in parameters.items() if p.ndim < 2 or "embed" in name]
@@ -36,7 +43,7 @@ def reference(num_steps: int = NUM_STEPS) -> tuple[list[float], list[float], dic
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), TRAIN.max_grad_norm)))
         optimizer.step()
         losses.append(loss.item())
-    return losses, norms, {name: p.detach().clone() for name, p in model.named_parameters()}
+    return losses, norms, {name: p.detach().clone() for name, p in parameters.items()}
 
 
 def shape(world: World, accumulation: int, precision: str = "float32") -> StepShape:

@@ -9,10 +9,12 @@ import torch
 from deepspeed.accelerator import get_accelerator
 from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
-from mellow_ds.config.schema import MixedPrecisionConfig
+from mellow_ds.config.train_keys import MixedPrecisionConfig
 from mellow_ds.ds_config import choose_precision, offload_device, read_engine_json
+from mellow_ds.engine import deepspeed_engine
 from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine, avoid_cpu_compilation
 from mellow_ds.engine.ops import is_compiled, op_problem, ops_needed
+from mellow_ds.engine.optimizer import parameter_groups
 from mellow_ds.errors import ConfigError
 from mellow_ds.verify.small import TRAIN, small_model
 from mellow_ds.world import World
@@ -27,6 +29,49 @@ def test_the_private_switch_that_avoids_compiling_is_still_there() -> None:
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
     avoid_cpu_compilation()
     assert torch.cuda.is_available() or not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+class Chosen(torch.optim.SGD):
+    """Stands for an optimizer that only builds beside a GPU; keeps what it is made with."""
+
+    def __init__(self, groups: Any, **arguments: Any) -> None:
+        super().__init__(groups, lr=arguments["lr"])
+        self.arguments = arguments
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "offload", "place", "named", "adamw"),
+    [
+        ("AdamW", 2, "none", "adam.FusedAdam", "DeepSpeed FusedAdam (AdamW)", {"adam_w_mode": True}),
+        ("Adam", 3, "none", "adam.FusedAdam", "DeepSpeed FusedAdam (Adam)", {"adam_w_mode": False}),
+        ("AdamW", 2, "cpu", "adam.DeepSpeedCPUAdam", "DeepSpeed CPUAdam (AdamW)", {"adamw_mode": True}),
+        ("Adam", 3, "cpu", "adam.DeepSpeedCPUAdam", "DeepSpeed CPUAdam (Adam)", {"adamw_mode": False}),
+        ("Lamb", 0, "none", "lamb.FusedLamb", "DeepSpeed FusedLamb", {}),
+    ],
+)
+def test_where_there_is_a_gpu_deepspeed_s_optimizers_are_taken_or_replaced_by_name(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    kind: str, stage: int, offload: str, place: str, named: str, adamw: dict[str, bool],
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(f"deepspeed.ops.{place}", Chosen)
+    config = replace(TRAIN, optimizer_type=kind, betas=(0.8, 0.9), eps=1e-6)
+    engine_json = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}}}
+    groups = parameter_groups(small_model(seed=1), config)
+    optimizer, name = deepspeed_engine._build_optimizer(groups, engine_json, config, stage)
+    assert isinstance(optimizer, Chosen)
+    assert name == named
+    assert optimizer.arguments == {"lr": config.learning_rate, "betas": (0.8, 0.9), "eps": 1e-6, **adamw}
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise RuntimeError("nvcc is not there\nand more")
+
+    monkeypatch.setattr(f"deepspeed.ops.{place}", fails)
+    with caplog.at_level("WARNING", "mellow_ds.engine"):
+        optimizer, name = deepspeed_engine._build_optimizer(groups, engine_json, config, stage)
+    assert type(optimizer) is (torch.optim.Adam if kind == "Adam" else torch.optim.AdamW)
+    assert name == f"torch fused {type(optimizer).__name__}"
+    assert "fused optimizer does not build here (nvcc is not there); torch's takes its place" in caplog.text
 
 
 def check_every_file(world: World, folder: Path, nvme: Path) -> list[str]:

@@ -7,6 +7,7 @@ import torch
 
 from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
 from mellow_ds.checkpoint.peers import Peers
+from mellow_ds.checkpoint.snapshot import take_snapshot
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.engine.step import StepEngine
 from mellow_ds.verify.small import small_model
@@ -41,7 +42,20 @@ def check_all(world: World, cases: list[tuple]) -> None:
         torch.testing.assert_close(found_losses, losses, rtol=1e-5, atol=0)
         torch.testing.assert_close(found_norms, norms, rtol=1e-5, atol=0)
         check_states(engine, weights)
+        check_copies(engine, audio_tokens, world, accumulation)
         engine.close()
+
+
+def check_copies(engine: StepEngine, audio_tokens: int, world: World, accumulation: int) -> None:
+    """What a save keeps stays as it was while training goes on: it is written beside it."""
+    snapshot = take_snapshot(engine, world.rank, world.size)
+    kept = {name: tensor for tensors in snapshot.tensors.values() for name, tensor in tensors.items()}
+    before = {name: tensor.clone() for name, tensor in kept.items()}
+    train(engine, audio_tokens, world, accumulation, EXAMPLES[:1])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.items()), engine.name
+    moved = {state.name: state.weight for state in engine.parameter_states() if state.name in kept}
+    assert moved
+    assert all(not torch.equal(weight, kept[name]) for name, weight in moved.items()), engine.name
 
 
 def check_states(engine: StepEngine, weights: dict[str, torch.Tensor]) -> None:

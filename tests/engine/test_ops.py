@@ -1,5 +1,6 @@
 """What is said of ops that do not build, and of NVMe folders, before DeepSpeed tries."""
 
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,4 +93,7 @@ def test_compiled_ops_are_found_in_the_cache(tmp_path: Path, monkeypatch: pytest
     (built / "build.ninja").write_text("cflags = -I/another/environment/include\n")
     assert not is_compiled(ASYNC_IO)  # ninja would compile it anew for this one
     (built / "build.ninja").write_text(f"cflags = -I{sys.prefix}/include\n")
+    os.utime(built / f"{ASYNC_IO}.so", (2e9, 2e9))
     assert is_compiled(ASYNC_IO)
+    os.utime(built / f"{ASYNC_IO}.so", (1e9, 1e9))  # it was begun again, and not ended
+    assert not is_compiled(ASYNC_IO)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from mellow_ds.config.schema import PartRates, TrainConfig
+from mellow_ds.config.train_keys import PartRates, TrainConfig
 from mellow_ds.engine.optimizer import gradient_norm, parameter_groups, torch_optimizer
 from mellow_ds.verify.small import small_model
 

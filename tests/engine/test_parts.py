@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from mellow_ds.config.schema import PartRates
+from mellow_ds.config.train_keys import PartRates
 from mellow_ds.engine.build import build_engine
 from mellow_ds.engine.protocol import ParameterState
 from mellow_ds.errors import CheckpointError, ConfigError
@@ -171,6 +171,24 @@ def check_fallback(world: World) -> None:
     else:
         with pytest.raises(ConfigError, match="DeepSpeed cannot be used on another rank"):
             build_engine("deepspeed", small_model(seed=1), *arguments)
+    engine.close()
+    lines.clear()
+    sys.modules.pop("mellow_ds.engine.deepspeed_engine", None)
+    from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine
+
+    def fails(*_: object) -> None:
+        raise RuntimeError("no accelerator\nand more")
+
+    if world.rank == 0:
+        DeepSpeedEngine.__init__ = fails  # type: ignore[method-assign,assignment]
+    else:  # its own would wait for the other in DeepSpeed's collectives
+        DeepSpeedEngine.__init__ = lambda *_: None  # type: ignore[method-assign,assignment]
+    engine = build_engine("auto", small_model(seed=1), *arguments)
+    assert engine.name.startswith("FSDP2 stage 2")
+    reason = "initialised (no accelerator)" if world.rank == 0 else "used on another rank"
+    assert [line for line in lines if "takes its place" in line] == [
+        f"engine auto: DeepSpeed cannot be {reason}; FSDP2 takes its place"
+    ]
 
 
 def test_where_one_rank_has_no_deepspeed_all_take_fsdp_and_say_so() -> None:

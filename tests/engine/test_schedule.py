@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from mellow_ds.config.schema import TrainConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
 from mellow_ds.errors import ConfigError
 

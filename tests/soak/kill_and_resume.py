@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import DataConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.stream import TrainStream
 from mellow_ds.world import World

@@ -36,7 +36,8 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from mellow_ds.config.schema import DataConfig, TrainConfig
+from mellow_ds.config.schema import DataConfig
+from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.audio import AudioError, decode_clip, decode_window
 from mellow_ds.data.reader import ShardReader
 from mellow_ds.data.webdataset import as_webdataset

@@ -9,6 +9,8 @@ from typing import Any
 
 import pytest
 
+from tests.soak.kill_runs import soak
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 pytestmark = pytest.mark.slow
 
@@ -28,6 +30,13 @@ def test_a_sample_of_kills_during_a_save() -> None:
     assert found["kills"] == 10
     assert found["saves"] > 0
     assert found["half written"] > 0
+
+
+def test_a_sample_of_whole_runs_killed_in_a_save(tmp_path: Path) -> None:
+    """FSDP2 on two ranks, saving at every step: one is killed, the other, both; then let through, with equal losses."""
+    found = soak(3, ["forked"], ["fsdp2"], 3, tmp_path)
+    assert (found["kills"], found["of one rank"], found["of both"]) == (3, 2, 1)
+    assert found["of a step again"] == found["waited for"] == 1
 
 
 def test_a_sample_of_preemptions() -> None:

@@ -69,6 +69,7 @@ CASES = [
     TrafficCase("ZeRO-3", "deepspeed", 3, LIKE_LARGE),
     TrafficCase("DDP", "fsdp", 0, accumulation=2),
     TrafficCase("FSDP2 stage 3", "fsdp", 3),
+    TrafficCase("FSDP2 stage 2, bfloat16", "fsdp", 2, precision="bfloat16"),
     TrafficCase("FSDP2 stage 1, frozen sharded", "fsdp", 1, frozen_whole_megabytes=0, accumulation=2),
     TrafficCase("ZeRO-1, frozen not whole", "deepspeed", 1, all_reduces=True, frozen_whole_megabytes=0),
     TrafficCase("FSDP2 stage 3, frozen sharded", "fsdp", 3, frozen_whole_megabytes=0, accumulation=2),
@@ -81,3 +82,7 @@ def test_engines_send_what_the_formula_says_and_nothing_of_a_frozen_encoder() ->
     micro-batch (FSDP2 by itself gathers the last one once more, for a backward pass that it has not)."""
     for case, found in zip(CASES, run_ranks(2, measure, CASES, 96, (16, 96))[0], strict=True):
         assert found.difference == pytest.approx(0, abs=0.02), (case.name, found)
+        if case.precision == "bfloat16":  # computed so, summed in float32
+            assert {name for name, size in found.by_kind.items() if size > 10_000} == {
+                "allgather bfloat16", "reduce_scatter float32",
+            }  # fmt: skip

@@ -1,0 +1,52 @@
+"""train.py that also notes what it trains on: the example ids of every step, a file a rank in the folder of `--notes=`.
+
+Nothing else of the run is changed: the notes are taken where the trainer fetches a step.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from mellow_ds.cli.train import main as train
+
+
+def main(arguments: list[str]) -> int:
+    """Train and take notes; returns the exit code."""
+    (notes,) = [argument for argument in arguments if argument.startswith("--notes=")]
+    take_notes(Path(notes.removeprefix("--notes=")))
+    return train([argument for argument in arguments if argument != notes])
+
+
+def take_notes(folder: Path) -> None:
+    """Let every stream of this process write down the steps that it hands out."""
+    from mellow_ds.data.stream import StepBatches, TrainStream
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = notes_of(folder, int(os.environ.get("RANK", "0")))
+    honest = TrainStream.__next__
+
+    def noting(stream: TrainStream) -> StepBatches:
+        step = honest(stream)
+        ids = [example for batch in step.micro_batches for example in batch.example_ids]
+        with path.open("a", buffering=1) as file:
+            file.write(json.dumps({"step": step.step + 1, "ids": ids}) + "\n")  # from 1, as checkpoints count
+        return step
+
+    TrainStream.__next__ = noting  # type: ignore[method-assign]
+
+
+def notes_of(folder: Path, rank: int) -> Path:
+    """The file of a rank."""
+    return folder / f"rank-{rank}.jsonl"
+
+
+def read_notes(folder: Path, rank: int) -> list[tuple[int, list[str]]]:
+    """(step, example ids) in the order of fetching; a kill may leave a part of a line."""
+    path = notes_of(folder, rank)
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [(int(note["step"]), list(note["ids"])) for note in map(json.loads, lines)]
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

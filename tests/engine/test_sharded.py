@@ -1,0 +1,33 @@
+"""What FSDP2 gathers at a time: each block of the decoder, the projector, and the stages of a trained encoder."""
+
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from mellow_ds.engine.sharded import ShardedModel
+from mellow_ds.verify.small import small_model
+from mellow_ds.world import World
+from tests.ranks import run_ranks
+
+BLOCKS = {"", "projector", "decoder.model.layers.0", "decoder.model.layers.1"}
+STAGES = {"encoder.net.conv_block1", "encoder.net.conv_block2"}
+
+
+def check(world: World) -> None:
+    cpu = torch.device("cpu")
+    for parts, megabytes, expected in (
+        (("projector", "decoder"), 512.0, BLOCKS),  # the frozen encoder stays whole
+        (("projector", "decoder"), 0.0, BLOCKS | STAGES),
+        (("encoder", "projector", "decoder"), 512.0, BLOCKS | STAGES),
+        (("projector",), 512.0, {"", "projector"}),  # and so does a frozen decoder
+    ):
+        model = small_model(seed=1)
+        model.set_trainable(parts)
+        ShardedModel(model, 3, "float32", cpu, world.size, False, megabytes)
+        assert {name for name, module in model.named_modules() if isinstance(module, FSDPModule)} == expected
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor) or not parameter.requires_grad, name
+
+
+def test_blocks_stages_and_the_projector_are_gathered_one_by_one() -> None:
+    run_ranks(1, check)
