@@ -1,7 +1,7 @@
 """Bytes that a rank hands to collectives in an optimizer step, by stage, back end, precision, accumulation and world.
 
-Counted on real processes over gloo and compared with the formula of docs/communication.md. Nothing is timed: the numbers
-are the same on any machine.
+Counted on real processes over gloo and compared with the formula of docs/communication.md. Nothing is timed: the
+numbers are the same on any machine.
 """
 
 import argparse

@@ -3,19 +3,21 @@
 import argparse
 import os
 import re
-import shlex
+import secrets
 import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from mellow_ds.errors import EXIT_DONE, ConfigError
-from mellow_ds.launcher.environment import PLACE_VARIABLES, Travelling, choose_variables
+from mellow_ds.launcher.describe import count, describe
+from mellow_ds.launcher.environment import choose_variables
 from mellow_ds.launcher.hostfile import Host, check_host_name, filter_hosts, limit_slots, read_hostfile
-from mellow_ds.launcher.plan import DEFAULT_PORT, LaunchPlan, choose_master, place_ranks, rank_command
+from mellow_ds.launcher.plan import DEFAULT_PORT, LOCAL_NAMES, LaunchPlan, choose_master, place_ranks, rank_command
 from mellow_ds.launcher.remote import host_command, local_hosts
 
 _STOP_SECONDS = 300.0
+_MAX_RESTARTS = 3
 _DESCRIPTION = """Start one run on the hosts of a hostfile (or on this host), one process a slot; show what every rank
 says with its name before it, and keep it in a file of its own; end all where one fails. Hosts are reached by ssh
 without a password and must see the same folders. What stands after -- is the same for every rank: a Python script, or a
@@ -39,16 +41,17 @@ def main(arguments: list[str], program: str) -> int:
     log_folder = _log_folder(options)
     local = local_hosts(host.name for host in plan.hosts)
     commands = {host.name: host_command(plan, host.name, host.name in local, options.ssh_config) for host in plan.hosts}
-    _check_hosts(plan, local)
+    check_hosts(plan, local)
+    _check_restart(options, plan)
     if options.dry_run:
         print("\n".join(describe(plan, commands, log_folder)))
         return EXIT_DONE
+    from mellow_ds.launcher.attempts import Attempts
     from mellow_ds.launcher.output import Output
-    from mellow_ds.launcher.watch import Watch
 
-    output = Output(plan, log_folder)
+    output = Output(log_folder)
     try:
-        return Watch(plan, commands, output, options.stop_seconds).run()
+        return Attempts(plan, commands, output, options.stop_seconds).run()
     finally:
         output.close()
 
@@ -60,6 +63,7 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
         epilog=_EXAMPLES, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     _add_hosts(parser)
+    _add_restart(parser)
     _add_environment(parser)
     parser.add_argument("--log-dir", metavar="FOLDER", help="for rank-N.log (default: logs in the run folder)")
     parser.add_argument(
@@ -92,6 +96,17 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
         "--master-port", type=int, metavar="PORT", help=f"where the ranks meet (default: {DEFAULT_PORT}, or a free one)"
     )
     group.add_argument("--ssh-config", default="", metavar="FILE", help="for ssh -F (default: the user's own)")
+
+
+def _add_restart(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("elastic restart")
+    group.add_argument(
+        "--min-hosts", type=int, default=0, metavar="N",
+        help="go on from the newest checkpoint where a host is lost and N are left (default: end the run)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-restarts", type=int, default=_MAX_RESTARTS, metavar="N", help="of that kind (default: %(default)s)"
+    )
 
 
 def _add_environment(parser: argparse.ArgumentParser) -> None:
@@ -146,43 +161,10 @@ def make_plan(options: argparse.Namespace) -> LaunchPlan:
         interface=options.interface,
         env_file=env_file,
         interpreter=interpreter,
+        launch_id=secrets.token_hex(8),
+        min_hosts=options.min_hosts,
+        max_restarts=options.max_restarts if options.min_hosts else 0,
     )
-
-
-def describe(plan: LaunchPlan, commands: dict[str, list[str]], log_folder: Path | None) -> list[str]:
-    """The lines of a dry run."""
-    lines = [
-        f"{_count(plan.num_ranks, 'rank')} on {_count(len(plan.hosts), 'host')}, in {plan.folder}; they meet at "
-        f"{plan.master_address}:{plan.master_port}{'' if plan.is_port_fixed else ' or a free port'}",
-    ]
-    for host in plan.hosts:
-        devices = f", GPUs {','.join(map(str, host.devices))}" if host.devices else ""
-        lines += [f"host {host.name}: ranks {', '.join(map(str, host.ranks))}{devices}"]
-        lines += [f"  {shlex.join(commands[host.name])}"]
-    lines += [
-        "each rank:",
-        f"  {shlex.join(plan.command)}",
-        "variables of each rank:",
-        f"  {' '.join(PLACE_VARIABLES)}",
-    ]
-    lines += ["variables that travel:", *_or_none(_all_variables(plan).shown())]
-    if plan.travelling.withheld:
-        named = " ".join(plan.travelling.withheld)
-        lines += [f"not sent, secret by name: {named} (send with --env {named})"]
-    lines += [f"logs: {log_folder / 'rank-N.log'}" if log_folder else "logs: no files (give --log-dir)"]
-    return lines
-
-
-def _all_variables(plan: LaunchPlan) -> Travelling:
-    return Travelling(plan.travelling.allowed, {**plan.travelling.named, **plan.interfaces()})
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}{'' if number == 1 else 's'}"
-
-
-def _or_none(lines: Sequence[str]) -> list[str]:
-    return [f"  {line}" for line in lines] or ["  none"]
 
 
 def _choose_hosts(options: argparse.Namespace) -> list[Host]:
@@ -205,13 +187,42 @@ def _num_gpus() -> int:
     return max(len(list(Path("/proc/driver/nvidia/gpus").glob("*"))), 1)
 
 
-def _check_hosts(plan: LaunchPlan, local: frozenset[str]) -> None:
+def check_hosts(plan: LaunchPlan, local: frozenset[str]) -> None:
     if len(local) > 1:
         raise ConfigError(f"the hosts {' and '.join(sorted(local))} are one and the same, this one: give it one line")
     if len(local) < len(plan.hosts) and shutil.which("ssh") is None:
         raise ConfigError("ssh is not installed here, and the hosts are reached by it: install openssh-client")
     if "localhost" in local and len(plan.hosts) > 1 and plan.master_address in ("localhost", "127.0.0.1"):
         raise ConfigError("other hosts cannot reach localhost of this one: give --master-addr with its name")
+
+
+def _check_restart(options: argparse.Namespace, plan: LaunchPlan) -> None:
+    """Refuse a start that could not go on with fewer hosts as it began."""
+    if not options.min_hosts:
+        return
+    num_hosts, num_ranks = len(plan.hosts), plan.num_ranks
+    if not 0 < options.min_hosts <= num_hosts:
+        raise ConfigError(f"--min-hosts is {options.min_hosts}, but the run has {count(num_hosts, 'host')}")
+    if options.max_restarts < 1:
+        raise ConfigError(f"--max-restarts is {options.max_restarts}; it must be above 0, or leave out --min-hosts")
+    unnamed = [host.name for host in plan.hosts if host.name in LOCAL_NAMES]
+    if unnamed:
+        raise ConfigError(f"--min-hosts: any host may become the first, and {unnamed[0]} is none to others: name it")
+    if not _is_training(options.command):
+        return
+    from mellow_ds.cli.arguments import parse_run_arguments
+
+    config = parse_run_arguments(options.command[1:], options.command[0])
+    train, accumulation = config.train, config.train.gradient_accumulation_steps
+    if config.mode == "train" and not train.global_batch_size:
+        instead = " instead of train.gradient_accumulation_steps" if accumulation > 1 else ""
+        raise ConfigError(
+            "--min-hosts: with fewer ranks the batch of a step would shrink: give --train.global_batch_size "
+            f"{train.batch_size * num_ranks * accumulation}{instead} (batch size {train.batch_size} x "
+            f"{count(num_ranks, 'rank')} x accumulation {accumulation})"
+        )
+    if config.mode == "train" and train.resume == "never":
+        raise ConfigError("--min-hosts: a restart goes on from the newest checkpoint, but train.resume is never")
 
 
 def _log_folder(options: argparse.Namespace) -> Path | None:
@@ -232,9 +243,11 @@ def _log_folder(options: argparse.Namespace) -> Path | None:
 
 
 def _is_training(command: Sequence[str]) -> bool:
-    """Whether the command is this project's train.py."""
+    """Whether the command is this project's train.py; a script around it may take other arguments."""
     script = Path(_script(command) or ".")
-    return script.is_file() and "mellow_ds.cli.train" in script.read_text(encoding="utf-8", errors="replace")
+    if script.name != "train.py" or not script.is_file():
+        return False
+    return "mellow_ds.cli.train" in script.read_text(encoding="utf-8", errors="replace")
 
 
 def _script(command: Sequence[str]) -> str:

@@ -39,6 +39,8 @@ _MAX_WAITING_BYTES = 1 << 20  # of output that the launcher has not taken: beyon
 _LEFTOVER_SECONDS = 2.0  # that helpers of ended ranks (loader workers, resource trackers) have to end by themselves
 _FLUSH_SECONDS = 5.0
 _CANNOT_START = 127  # the code that shells give
+_GONE_SECONDS = 20.0  # that ranks of an attempt before get to end, once their host is reached again
+_OUTER_MARKS = ("TORCHELASTIC_RUN_ID", "CROSS_RANK")  # of launchers that this one was started by: see world.py
 _TICK_SECONDS = 0.1
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
 
@@ -198,10 +200,12 @@ class Agent:
             return _problem(f"the folder {folder} is not there: the run needs a folder that all hosts see")
         if script and not (folder / script).is_file():
             return _problem(f"{folder / script} is not there: the run needs a folder that all hosts see")
+        if order["gone"] and not _wait_until_gone(order["gone"], _GONE_SECONDS):
+            return _problem("ranks of the attempt before have not ended there")
         if order["is_master"]:
             return self._hold_port(order["port"], order["is_port_fixed"])
         try:
-            socket.getaddrinfo(order["address"], order["port"])
+            socket.getaddrinfo(order["address"] or "localhost", order["port"])
         except OSError:
             return _problem(
                 f"the address where the ranks meet, {order['address']}, is not known there: give --master-addr"
@@ -211,12 +215,12 @@ class Agent:
     def _hold_port(self, port: int, is_fixed: bool) -> Message:
         """Take the port until the ranks start, so that no other run gets it meanwhile."""
         try:
-            self._held_port = _listen_at(port)
+            self._held_port = listen_at(port)
         except OSError as error:
             if is_fixed:
                 why = os.strerror(error.errno or 0)
                 return _problem(f"port {port} cannot be used there ({why}): give another --master-port")
-            self._held_port = _listen_at(0)
+            self._held_port = listen_at(0)
         return {"is": "ready", "port": self._held_port.getsockname()[1]}
 
     def _start(self, order: Message) -> None:
@@ -224,7 +228,8 @@ class Agent:
         if self._held_port is not None:
             self._held_port.close()
         for place in order["ranks"]:
-            environment = {**order["under"], **os.environ, **order["over"], **place["variables"]}
+            own = {name: value for name, value in os.environ.items() if name not in _OUTER_MARKS}
+            environment = {**order["under"], **own, **order["over"], **place["variables"]}
             try:
                 process = subprocess.Popen(
                     order["command"], cwd=order["folder"], env=environment, stdin=subprocess.DEVNULL,
@@ -349,11 +354,30 @@ def _rank_setup(agent_pid: int) -> Callable[[], None]:
     return set_up
 
 
-def _listen_at(port: int) -> socket.socket:
+def listen_at(port: int) -> socket.socket:
     """A socket that listens as a rank's store will: on all addresses."""
     if socket.has_dualstack_ipv6():
         return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True)
     return socket.create_server(("", port))
+
+
+def _wait_until_gone(launch_id: str, seconds: float) -> bool:
+    """Until no process of this host has been started as a rank of `launch_id`; False where some stay."""
+    mark = f"MELLOW_LAUNCH_ID={launch_id}".encode()
+    deadline = time.monotonic() + seconds
+    while _has_process_with(mark):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(_TICK_SECONDS)
+    return True
+
+
+def _has_process_with(variable: bytes) -> bool:
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):  # of another user, or it has just ended
+            if variable in path.read_bytes().split(b"\0"):
+                return True
+    return False
 
 
 def _problem(what: str) -> Message:

@@ -15,7 +15,9 @@ _WHOLE = ("TZ", "LANG", "LC_ALL", "XDG_CACHE_HOME", "NO_COLOR")
 _SECRET = re.compile(r"(?:TOKEN|SECRET|KEY|PASSWORD|PASSWD|CREDENTIAL)S?(?:_|$)")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 # what each rank gets from the plan
-PLACE_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+PLACE_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "MELLOW_LAUNCH_ID",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,9 @@ def is_secret(name: str) -> bool:
 def choose_variables(environ: Mapping[str, str], named: Iterable[str] = ()) -> Travelling:
     """What travels of `environ`; `named`: `NAME`, with the value that it has here, or `NAME=value`."""
     given = dict(_read_named(word, environ) for word in named)
-    listed = sorted(name for name in environ if name.startswith(_BEGINNINGS) or name in _WHOLE)
+    listed = sorted(
+        name for name in environ if (name.startswith(_BEGINNINGS) or name in _WHOLE) and name not in PLACE_VARIABLES
+    )
     return Travelling(
         allowed={name: environ[name] for name in listed if not is_secret(name) and name not in given},
         named=given,

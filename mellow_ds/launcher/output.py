@@ -4,6 +4,7 @@ A terminal that does not take lines (Ctrl-S, a pager) must not stop the launcher
 thread prints, and what it cannot print in time is counted; the files have it.
 """
 
+import contextlib
 import queue
 import sys
 import threading
@@ -22,31 +23,38 @@ _SAID_BY_LAUNCHER = "mellow-ds launch: "
 
 
 class Output:
-    """Prints and files the lines of all ranks."""
+    """Prints and files the lines of all ranks, from one attempt to the next."""
 
-    def __init__(self, plan: LaunchPlan, log_folder: Path | None) -> None:
-        """Opens `log_folder`/rank-N.log of each rank, to add to what earlier starts wrote; None: no files."""
-        self.last_lines = {rank: deque[str](maxlen=LAST_LINES) for host in plan.hosts for rank in host.ranks}
-        self._prefixes = {
-            rank: f"[{host.name} rank {rank}] " if len(plan.hosts) > 1 else f"[rank {rank}] "
-            for host in plan.hosts
-            for rank in host.ranks
-        }
+    def __init__(self, log_folder: Path | None) -> None:
+        """`log_folder`: for rank-N.log of each rank; None: no files."""
+        self.last_lines: dict[int, deque[str]] = {}
+        self._prefixes: dict[int, str] = {}
         self._files: dict[int, IO[str]] = {}
         self._folder = log_folder
         self._dropped = 0
         self._lines: queue.Queue[tuple[IO[str], str] | None] = queue.Queue(_MAX_WAITING_LINES)
         self._printer = threading.Thread(target=self._print, name="printer", daemon=True)
-        if log_folder is not None:
-            self._open(log_folder)
         self._printer.start()
 
-    def _open(self, folder: Path) -> None:
+    def begin(self, plan: LaunchPlan, attempt: int = 1) -> None:
+        """The ranks of an attempt; its lines are added to the files of the attempts and starts before."""
+        self.last_lines = {rank: deque[str](maxlen=LAST_LINES) for host in plan.hosts for rank in host.ranks}
+        self._prefixes = {
+            rank: f"[{host.name} rank {rank}] " if len(plan.hosts) > 1 or attempt > 1 else f"[rank {rank}] "
+            for host in plan.hosts
+            for rank in host.ranks
+        }
+        self._close_files()
+        if self._folder is not None:
+            self._open(self._folder, plan, attempt)
+
+    def _open(self, folder: Path, plan: LaunchPlan, attempt: int) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for rank in self._prefixes:
                 self._files[rank] = self.file(rank).open("a", encoding="utf-8", buffering=1)
-                self._files[rank].write(f"-- started {time.strftime('%Y-%m-%d %H:%M:%S')}\n")
+                place = f"attempt {attempt}, on {plan.host_of(rank).name}, {plan.num_ranks} ranks"
+                self._files[rank].write(f"-- started {time.strftime('%Y-%m-%d %H:%M:%S')}, {place}\n")
         except OSError as error:
             raise ConfigError(f"the log folder {folder} cannot be written ({error}): give another --log-dir") from None
 
@@ -90,13 +98,18 @@ class Output:
 
     def close(self) -> None:
         """Print what waits and close the files."""
-        for file in self._files.values():
-            file.close()
+        self._close_files()
         try:
             self._lines.put(None, timeout=_CLOSING_SECONDS)
         except queue.Full:
             return
         self._printer.join(_CLOSING_SECONDS)
+
+    def _close_files(self) -> None:
+        for file in self._files.values():
+            with contextlib.suppress(OSError):  # a full disk has been told of
+                file.close()
+        self._files = {}
 
     def _put(self, stream: IO[str], text: str) -> None:
         try:

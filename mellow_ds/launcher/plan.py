@@ -1,7 +1,7 @@
 """Which rank runs where, and what command and variables each host gets: a pure function of hosts and options."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from mellow_ds.errors import ConfigError
 from mellow_ds.launcher.environment import Travelling
@@ -40,6 +40,9 @@ class LaunchPlan:
     interface: str = ""  # the network interface of collectives, on every host
     env_file: str = ""  # a shell file that each host sources first
     interpreter: str = "python"
+    launch_id: str = ""  # of this call of the launcher, the same in all of its attempts
+    min_hosts: int = 0  # that a restart after a lost host takes
+    max_restarts: int = 0  # of that kind
 
     @property
     def num_ranks(self) -> int:
@@ -68,6 +71,7 @@ class LaunchPlan:
             "LOCAL_WORLD_SIZE": str(host.num_ranks),
             "MASTER_ADDR": self.master_address,
             "MASTER_PORT": str(port),
+            "MELLOW_LAUNCH_ID": self.launch_id,
         }
         devices = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, host.devices))} if host.devices else {}
         return {**place, **devices}
@@ -80,6 +84,17 @@ def place_ranks(hosts: Sequence[Host]) -> tuple[HostPlan, ...]:
         placed.append(HostPlan(host.name, first, len(host.slots), host.slots if host.is_narrowed else ()))
         first += len(host.slots)
     return tuple(placed)
+
+
+def narrowed(plan: LaunchPlan, names: Collection[str]) -> LaunchPlan:
+    """The plan on the hosts of these names only: ranks counted through anew, the first host and a port of its own."""
+    hosts, first = [], 0
+    for host in plan.hosts:
+        if host.name in names:
+            hosts.append(replace(host, first_rank=first))
+            first += host.num_ranks
+    address = plan.master_address if hosts[0].name == plan.hosts[0].name else hosts[0].name
+    return replace(plan, hosts=tuple(hosts), master_address=address, is_port_fixed=False)
 
 
 def choose_master(hosts: Sequence[Host], given: str = "") -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mellow_ds.launcher.plan import LOCAL_NAMES, LaunchPlan
 
+AGENT = "mellow_ds.launcher.agent"
 _CONNECT_SECONDS = 10
 _SSH_OPTIONS = {
     "BatchMode": "yes",  # never asks: there is nobody to answer
@@ -67,18 +68,18 @@ def _is_local(name: str) -> bool:
     return False
 
 
-def agent_command(plan: LaunchPlan) -> list[str]:
+def agent_command(plan: LaunchPlan, module: str = AGENT) -> list[str]:
     """What runs on a host: the agent, found in the clone or the installed package that this is."""
     root = str(Path(__file__).resolve().parent.parent.parent)
-    agent = [plan.interpreter, "-m", "mellow_ds.launcher.agent"]
+    agent = [plan.interpreter, "-m", module]
     if plan.env_file:
         return ["bash", "-c", _SOURCE, "mellow-ds", plan.env_file, root, *agent]
     return ["env", f"PYTHONPATH={root}", *agent]
 
 
-def host_command(plan: LaunchPlan, host: str, is_local: bool, ssh_config: str = "") -> list[str]:
+def host_command(plan: LaunchPlan, host: str, is_local: bool, ssh_config: str = "", module: str = AGENT) -> list[str]:
     """What is started here for a host."""
-    agent = agent_command(plan)
+    agent = agent_command(plan, module)
     if is_local:
         return agent
     options = [word for name, value in _SSH_OPTIONS.items() for word in ("-o", f"{name}={value}")]

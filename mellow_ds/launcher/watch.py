@@ -1,28 +1,28 @@
 """From the first connection to the last rank's end: start the hosts' agents, watch them, end all where one fails."""
 
-import os
 import re
 import selectors
 import signal
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from types import FrameType
-from typing import Any
 
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_STOPPED, EXIT_USER
 from mellow_ds.launcher.connection import Connection
 from mellow_ds.launcher.output import Output
 from mellow_ds.launcher.plan import LaunchPlan
 from mellow_ds.launcher.remote import explain
+from mellow_ds.launcher.stop_signals import StopSignals
 from mellow_ds.launcher.wire import BEAT_SECONDS, LOST_GRACE_SECONDS, SILENCE_SECONDS, Message
 
 _READY_SECONDS = 25.0  # from the start of ssh to the agent's answer
 _ENV_FILE_READY_SECONDS = 600.0  # where a file is sourced first, which may build an environment
+_ROLL_CALL_SECONDS = 60.0  # for ranks of the attempt before to end (agent.py), or a file to be sourced that was once
 _OTHERS_SECONDS = 3.0  # that the other hosts get to say what is wrong with them, once one cannot be used
 _SETTLE_SECONDS = 5.0  # that the other ranks get to end by themselves, in the words of the one that failed first
 _DONE_SECONDS = 10.0  # beyond the grace, until a host has swept up
+# from the last sign of a host to the end of its ranks, by its own watch over the connection, wherever it is cut
+_OUT_OF_SIGHT_SECONDS = SILENCE_SECONDS + LOST_GRACE_SECONDS + 2 * BEAT_SECONDS
 _TICK_SECONDS = 0.2
 _ORDERLY = (EXIT_DONE, EXIT_STOPPED, EXIT_INTERRUPTED)
 _BLAMED = re.compile(r"ended because rank (\d+) ")  # as mellow_ds/monitor/heartbeat.py puts it
@@ -37,34 +37,42 @@ class _Failure:
     rank: int | None = None  # None: a host was lost
 
 
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended."""
+
+    code: int
+    refused: tuple[str, ...] = ()  # by hosts that could not be used: no rank was started
+    lost: str = ""  # a host was lost while ranks ran: in words
+    over_at: float = 0.0  # by the monotonic clock: a lost host that does not answer has ended its ranks by then
+
+
 class Watch:
-    """One start of a run on all its hosts."""
+    """One attempt of a run on all its hosts."""
 
     def __init__(
-        self, plan: LaunchPlan, commands: Mapping[str, Sequence[str]], output: Output, stop_seconds: float
-    ) -> None:
+        self, plan: LaunchPlan, commands: Mapping[str, Sequence[str]], output: Output, signals: StopSignals,
+        stop_seconds: float = 0.0,
+    ) -> None:  # fmt: skip
         """`commands`: what starts each host's agent; `stop_seconds`: that ranks get to save when told to stop."""
         self._plan, self._commands, self._output = plan, commands, output
         self._stop_seconds = stop_seconds
+        self._stop_signals = signals
         self._connections: list[Connection] = []
         self._selector = selectors.DefaultSelector()
-        self._signals: list[int] = []  # that asked this process to stop, first one first
+        self._signals = signals.asked
         self._num_heeded = 0
         self._failure: _Failure | None = None
+        self._loss: _Failure | None = None  # of a host; ranks of others may have failed of it before it was noticed
+        self._over_by = 0.0
         self._end_at: float | None = None  # when the ranks that are left are told to end
         self._over_at: float | None = None  # when hosts that have not swept up are given up
         self._beaten = 0.0
 
-    def run(self) -> int:
-        """Start, watch, end; returns the run's exit code. No process of the run is left, on hosts that are reached."""
-        before = self._listen()
+    def run(self) -> End:
+        """Start, watch, end. No process of the run is left, on hosts that are reached."""
         try:
-            for host in self._plan.hosts:
-                self._connections.append(Connection(host, self._commands[host.name]))
-            for connection in self._connections:
-                for descriptor in (connection.output, connection.errors):
-                    self._selector.register(descriptor, selectors.EVENT_READ, connection)
-                connection.send(self._preparation(connection))
+            self._connect(is_roll_call=False)
             if not self._wait_until_ready():
                 return self._refusal()
             self._start()
@@ -72,40 +80,46 @@ class Watch:
             return self._result()
         finally:
             self._leave()
-            for number, handler in before.items():
-                signal.signal(number, handler)
+
+    def ask(self) -> dict[str, str]:
+        """Which hosts could not start ranks now, and why. Ranks of the attempt before have ended on all others."""
+        try:
+            self._connect(is_roll_call=True)
+            self._wait_until_ready(is_roll_call=True)
+            return {c.host.name: c.why or "no answer" for c in self._connections if c.state != "ready"}
+        finally:
+            self._leave()
 
     # -- before the ranks start ---------------------------------------------------------------------------------------
 
-    def _listen(self) -> dict[int, Any]:
-        """Take over the signals that stop a run; what stood there before."""
-        if threading.current_thread() is not threading.main_thread():
-            return {}
-        woken, wakes = os.pipe()
-        os.set_blocking(wakes, False)
-        os.set_blocking(woken, False)
-        signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
-        self._selector.register(woken, selectors.EVENT_READ, None)
-        # Ctrl-Z would silence this process, and the hosts would take it for dead
-        before: dict[int, Any] = {signal.SIGTSTP: signal.signal(signal.SIGTSTP, signal.SIG_IGN)}
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-            before[number] = signal.signal(number, self._note_signal)
-        return before
+    def _connect(self, is_roll_call: bool) -> None:
+        self._selector.register(self._stop_signals, selectors.EVENT_READ, None)
+        for host in self._plan.hosts:
+            self._connections.append(Connection(host, self._commands[host.name]))
+        for connection in self._connections:
+            for descriptor in (connection.output, connection.errors):
+                self._selector.register(descriptor, selectors.EVENT_READ, connection)
+            connection.send(self._preparation(connection, is_roll_call))
 
-    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
-        self._signals.append(number)
-
-    def _preparation(self, connection: Connection) -> Message:
+    def _preparation(self, connection: Connection, is_roll_call: bool) -> Message:
         plan = self._plan
         script = next((word for word in plan.command[:2] if word.endswith(".py")), "")
         return {
-            "do": "prepare", "is_master": connection.host is plan.hosts[0], "address": plan.master_address,
-            "port": plan.master_port, "is_port_fixed": plan.is_port_fixed, "folder": plan.folder, "script": script,
+            "do": "prepare", "is_master": not is_roll_call and connection.host is plan.hosts[0],
+            # who is the first host, and where the ranks meet, follows from the roll call
+            "address": "" if is_roll_call else plan.master_address, "port": plan.master_port,
+            "is_port_fixed": plan.is_port_fixed, "folder": plan.folder, "script": script,
+            "gone": plan.launch_id if is_roll_call else "",
         }  # fmt: skip
 
-    def _wait_until_ready(self) -> bool:
-        """Until every host's agent has said that the ranks can start; False where one cannot, or a signal came."""
+    def _wait_until_ready(self, is_roll_call: bool = False) -> bool:
+        """Until every host's agent has said that the ranks can start; False where one cannot, or a signal came.
+
+        A roll call hears all hosts; else what one cannot do decides, and the others are heard for a moment only.
+        """
         seconds = _ENV_FILE_READY_SECONDS if self._plan.env_file else _READY_SECONDS
+        if is_roll_call:
+            seconds = _ROLL_CALL_SECONDS
         deadline = time.monotonic() + seconds
         is_well = True
         while waiting := [c for c in self._connections if c.state == "connecting"]:
@@ -113,7 +127,8 @@ class Watch:
             now = time.monotonic()
             if self._signals:
                 return False
-            if is_well and any(connection.state == "lost" for connection in self._connections):
+            is_refused = any(connection.state == "lost" for connection in self._connections)
+            if is_well and is_refused and not is_roll_call:
                 is_well, deadline = False, min(deadline, now + _OTHERS_SECONDS)
             if now > deadline:
                 if is_well:
@@ -122,15 +137,13 @@ class Watch:
                 return False
         return is_well and all(connection.state == "ready" for connection in self._connections)
 
-    def _refusal(self) -> int:
-        """Say why nothing was started."""
+    def _refusal(self) -> End:
+        """Why nothing was started."""
         if self._signals:
             self._output.note("stopped before a rank was started")
-            return EXIT_INTERRUPTED if self._signals[0] == signal.SIGINT else EXIT_STOPPED
-        for connection in self._connections:
-            if connection.state == "lost":
-                self._output.error(f"host {connection.host.name}: {connection.why}; no rank was started")
-        return EXIT_USER
+            return End(self._stop_signals.exit_code)
+        lost = [connection for connection in self._connections if connection.state == "lost"]
+        return End(EXIT_USER, tuple(f"host {connection.host.name}: {connection.why}" for connection in lost))
 
     def _start(self) -> None:
         plan = self._plan
@@ -161,13 +174,13 @@ class Watch:
             if self._over_at is not None and now > self._over_at:
                 for connection in self._connections:
                     if not connection.is_over:
-                        self._lose(connection, "it has not ended its ranks in time")
+                        self._lose(connection, "it has not ended its ranks in time", is_gone=False)
 
     def _step(self) -> None:
         """Take what has come, send beats, look for hosts that are silent."""
         for key, _ in self._selector.select(_TICK_SECONDS):
             if key.data is None:
-                os.read(key.fd, 4096)
+                self._stop_signals.clear()
                 continue
             for item in key.data.read(key.fd):
                 self._take(key.data, key.fd, item)
@@ -208,13 +221,19 @@ class Watch:
                     self._output.host_line(connection.host.name, item)
         self._lose(connection, explain(connection.last_lines, code))
 
-    def _lose(self, connection: Connection, why: str) -> None:
+    def _lose(self, connection: Connection, why: str, is_gone: bool = True) -> None:
+        """`is_gone`: the host itself, and not only slow to end its ranks."""
         was_running = connection.state == "running"
         connection.state, connection.why = "lost", why
         if was_running and len(connection.codes) < connection.host.num_ranks:
             host = connection.host
             ranks = f"rank {host.first_rank}" if host.num_ranks == 1 else f"ranks {host.ranks[0]} to {host.ranks[-1]}"
-            self._fail(_Failure(f"host {host.name} ({ranks}) is lost: {why}", EXIT_FAULT))
+            failure = _Failure(f"host {host.name} ({ranks}) is lost: {why}", EXIT_FAULT)
+            if is_gone and self._loss is None:
+                self._loss = failure
+            if is_gone:
+                self._over_by = max(self._over_by, connection.heard + _OUT_OF_SIGHT_SECONDS)
+            self._fail(failure)
 
     def _note_rank_end(self, connection: Connection, rank: int, code: int) -> None:
         connection.codes[rank] = code
@@ -254,19 +273,20 @@ class Watch:
 
     # -- the end ------------------------------------------------------------------------------------------------------
 
-    def _result(self) -> int:
+    def _result(self) -> End:
         codes = {rank: code for connection in self._connections for rank, code in connection.codes.items()}
         if self._failure is not None:
-            return self._report(self._blame(self._failure, codes))
+            failure = self._loss or self._failure
+            if failure.rank is None:
+                return End(failure.code, lost=failure.what, over_at=self._over_by)
+            return End(self._report(self._blame(failure, failure.rank, codes)))
         by_signal = [_shell_code(code) for code in codes.values() if code < 0]
         ends = [code for code in (EXIT_INTERRUPTED, EXIT_STOPPED) if code in codes.values()]
-        return (by_signal or ends or [EXIT_DONE])[0]
+        return End((by_signal or ends or [EXIT_DONE])[0])
 
-    def _blame(self, failure: _Failure, codes: Mapping[int, int]) -> _Failure:
-        """The rank that failed first: where the one heard first names another one, that."""
-        if failure.rank is None:
-            return failure
-        for line in reversed(self._output.last_lines[failure.rank]):
+    def _blame(self, failure: _Failure, heard: int, codes: Mapping[int, int]) -> _Failure:
+        """The rank that failed first: where the one heard first, `heard`, names another one, that."""
+        for line in reversed(self._output.last_lines[heard]):
             named = _BLAMED.search(line)
             if named and codes.get(int(named[1]), 0) not in _ORDERLY:
                 rank = int(named[1])
@@ -275,9 +295,7 @@ class Watch:
 
     def _report(self, failure: _Failure) -> int:
         """Show what failed first: its last lines, and as the very last line what they come to."""
-        if failure.rank is None:
-            self._output.error(f"{failure.what}; the other ranks were ended")
-            return failure.code
+        assert failure.rank is not None
         self._output.note(f"{failure.what}; the last that it said ({self._output.where(failure.rank)}):")
         self._output.repeat(failure.rank)
         said = [line for line in self._output.last_lines[failure.rank] if line.startswith("error: ")]
@@ -292,7 +310,6 @@ class Watch:
                 connection.send({"do": "stop", "signal": int(signal.SIGKILL), "grace": 0.0})
         for connection in self._connections:
             connection.close()
-        signal.set_wakeup_fd(-1) if threading.current_thread() is threading.main_thread() else None
         self._selector.close()
 
 

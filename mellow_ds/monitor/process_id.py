@@ -78,6 +78,18 @@ def descendants(pid: int) -> list[ProcessId]:
     return [ProcessId(host, child, place, _stat(child)[1]) for child in found]
 
 
+def ancestors(pid: int) -> list[ProcessId]:
+    """The process that has started this one of our host, the one that has started that, and so on (Linux)."""
+    place, host = _place(), socket.gethostname()
+    found: list[ProcessId] = []
+    fields = _stat_fields(pid)
+    while fields and int(fields[1]) > 0:
+        parent = int(fields[1])
+        found.append(ProcessId(host, parent, place, _stat(parent)[1]))
+        fields = _stat_fields(parent)
+    return found
+
+
 def _place() -> str:
     if sys.platform != "linux":
         return ""

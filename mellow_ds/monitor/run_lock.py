@@ -2,12 +2,14 @@
 
 The lock is the kernel's (flock), so it goes with the process. A file system whose locks do not reach other hosts, or
 that has none, is asked for the heartbeat of the run whose name stands in the lock file: one that still counts, runs.
+A file server keeps the lock of a host that is lost until its lease runs out (NFSv4: 90 s), or for ever (NFSv3).
 """
 
 import contextlib
 import errno
 import fcntl
 import json
+import logging
 import os
 import time
 from pathlib import Path
@@ -19,7 +21,9 @@ from mellow_ds.monitor.process_id import ProcessId
 
 LOCK_NAME = "run.lock"
 _SECONDS_TO_GO = 3.0  # that a run which is ending just now may take to let go
+_LEASE_SECONDS = 120.0  # that a file server may hold the lock of a host that is not heard any more
 _NO_LOCKS_HERE = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL)
+_log = logging.getLogger("mellow_ds.monitor")
 
 
 class RunLock:
@@ -30,20 +34,25 @@ class RunLock:
         self._handle = handle
 
     @classmethod
-    def take(cls, folder: Path) -> "RunLock":
-        """Take the lock of `folder`, which exists; raises `ConfigError` naming the run that is in it already."""
+    def take(cls, folder: Path, launch_id: str = "") -> "RunLock":
+        """Take the lock of `folder`, which exists; raises `ConfigError` naming the run that is in it already.
+
+        `launch_id`: of `mellow-ds launch`, which starts an attempt only when all ranks of the one before have ended:
+        their lock, where a server still keeps it for a lost host, is no obstacle.
+        """
         path = folder / LOCK_NAME
-        try:
-            # not handed on to processes that are started: they would hold the lock on
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        except OSError as error:
-            raise FaultError(f"{path} cannot be opened for writing ({error.strerror})") from None
-        is_locked = _lock(handle)
+        handle, is_locked = _open(path, launch_id)
         holder = _read(handle)
-        if is_locked is False or (holder is not None and _is_beating(folder, holder, is_locked)):
+        is_own = _is_of_launch(holder, launch_id)
+        if is_locked is False and is_own:
+            os.close(handle)
+            handle = _replaced(path, launch_id)
+        elif is_locked is False or (holder is not None and not is_own and _is_beating(folder, holder, is_locked)):
             os.close(handle)
             raise ConfigError(_refusal(folder, holder))
-        content = {"process": vars(ProcessId.own()), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+        content = {
+            "process": vars(ProcessId.own()), "started": time.strftime("%Y-%m-%d %H:%M:%S"), "launch": launch_id,
+        }  # fmt: skip
         try:
             os.ftruncate(handle, 0)
             os.pwrite(handle, json.dumps(content).encode(), 0)
@@ -59,9 +68,51 @@ class RunLock:
         os.close(self._handle)
 
 
-def _lock(handle: int) -> bool | None:
+def _open(path: Path, launch_id: str) -> tuple[int, bool | None]:
+    """(the open lock file, what `_lock` says of it)."""
+    while True:
+        try:
+            # not handed on to processes that are started: they would hold the lock on
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            is_locked = _lock(handle, path.parent, launch_id)
+            if not is_locked or _is_at(handle, path):
+                return handle, is_locked
+            os.close(handle)
+        except OSError as error:
+            raise FaultError(f"{path} cannot be opened for writing ({error.strerror})") from None
+
+
+def _is_at(handle: int, path: Path) -> bool:
+    """Whether the file is the one of that name still, and was not replaced while its lock was waited for."""
+    own, there = os.fstat(handle), path.stat()
+    return (own.st_dev, own.st_ino) == (there.st_dev, there.st_ino)
+
+
+def _replaced(path: Path, launch_id: str) -> int:
+    """A new file in the place of one whose lock nobody can give back; open and locked."""
+    new = path.with_name(f"{path.name}.{launch_id}")
+    try:
+        handle = os.open(new, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o644)
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.replace(path)
+    except OSError as error:
+        raise FaultError(f"{path} cannot be replaced ({error.strerror})") from None
+    return handle
+
+
+def _is_of_launch(holder: dict[str, Any] | None, launch_id: str) -> bool:
+    """Whether the holder was an earlier attempt of our own start, on a host where it cannot be looked at."""
+    return bool(launch_id) and holder is not None and holder["launch"] == launch_id and _is_far(holder)
+
+
+def _is_far(holder: dict[str, Any]) -> bool:
+    return bool(holder["process"].state() == "unknown")
+
+
+def _lock(handle: int, folder: Path, launch_id: str) -> bool | None:
     """True: it is ours now; False: another process has it; None: this file system has no locks."""
     deadline = time.monotonic() + _SECONDS_TO_GO
+    is_patient = False
     while True:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -69,7 +120,13 @@ def _lock(handle: int) -> bool | None:
             if error.errno in _NO_LOCKS_HERE:
                 return None
             if time.monotonic() > deadline:
-                return False
+                holder = _read(handle)
+                if is_patient or not holder or not _is_far(holder) or _is_of_launch(holder, launch_id):
+                    return False
+                if _is_beating(folder, holder, None):
+                    return False
+                _log.warning("the lock of %s, which is not heard, is waited for", holder["process"])
+                is_patient, deadline = True, time.monotonic() + _LEASE_SECONDS
             time.sleep(0.1)
         else:
             return True
@@ -79,7 +136,8 @@ def _read(handle: int) -> dict[str, Any] | None:
     """What the last run wrote; None where it ended in order, or none was here."""
     try:
         content = json.loads(os.pread(handle, 4096, 0))
-        return {"process": ProcessId(**content["process"]), "started": str(content["started"])}
+        process = ProcessId(**content["process"])
+        return {"process": process, "started": str(content["started"]), "launch": str(content.get("launch", ""))}
     except (OSError, ValueError, TypeError, KeyError):
         return None
 
@@ -107,4 +165,5 @@ def _is_beating(folder: Path, holder: dict[str, Any], is_locked: bool | None) ->
 
 def _refusal(folder: Path, holder: dict[str, Any] | None) -> str:
     who = f"a run on {holder['process']}, started {holder['started']}" if holder else "another run"
-    return f"{folder} is in use by {who}: wait for it or end it, or choose another save_dir"
+    lost = f" (where its host is lost for good, remove {folder / LOCK_NAME})" if holder and _is_far(holder) else ""
+    return f"{folder} is in use by {who}: wait for it or end it, or choose another save_dir{lost}"

@@ -1,11 +1,15 @@
 """Hosts for a test, and a tiny corpus that a run on them trains on."""
 
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.cli.runs import ROOT, environment
 from tests.cluster.hosts import Hosts, hosts_up, why_not
+from tests.cluster.runs import START_SECONDS, losses, training
 
 
 @pytest.fixture
@@ -30,3 +34,15 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     synthesize(folder / "corpus", {"train": 16}, seed=3, audio_format="wav", workers=1)
     build_shards([folder / "corpus" / "train.json"], folder / "corpus", folder / "train")
     return folder / "train"
+
+
+@pytest.fixture(scope="session")
+def losses_of_one_host(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    """Of the six steps of `training` on two ranks of this machine: what any start on several hosts must come to."""
+    run = tmp_path_factory.mktemp("one-host") / "run"
+    here = [sys.executable, "-m", "mellow_ds.cli.main", "launch", "--num-per-host", "2", *training(corpus, run)]
+    done = subprocess.run(here, cwd=ROOT, env=environment(), timeout=START_SECONDS, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = losses(run)
+    assert len(found) == 6
+    return found

@@ -67,15 +67,10 @@ class Hosts:
         self._ip_on(FRONT, "addr", "add", f"{_ADDRESSES[FRONT]}/24", "dev", INTERFACE)
         self._ip_on(FRONT, "link", "set", INTERFACE, "up")
         for host in NODES:
-            self._ip_on(FRONT, "link", "add", f"to-{host}", "type", "veth",
-                        "peer", "name", INTERFACE, "netns", self._namespace(host))  # fmt: skip
-            self._ip_on(FRONT, "link", "set", f"to-{host}", "master", INTERFACE, "up")
-            self._ip_on(host, "addr", "add", f"{_ADDRESSES[host]}/24", "dev", INTERFACE)
-            self._ip_on(host, "link", "set", INTERFACE, "up")
-            self._serve(host)
+            self._link(host)
+            self.serve(host)
         for host in NODES:
-            reach = self.on(FRONT, ["ssh", "-F", str(self.ssh_config), "-o", "BatchMode=yes", host, "true"])
-            wait_for(lambda reach=reach: subprocess.run(reach, capture_output=True).returncode == 0, _UP_SECONDS)
+            self._wait_until_reached(host)
 
     def down(self) -> None:
         """End every process of the hosts and take all away."""
@@ -101,6 +96,14 @@ class Hosts:
         listed = subprocess.run([_path("ip"), "netns", "pids", self._namespace(host)], capture_output=True, text=True)
         return {int(word) for word in listed.stdout.split() if is_alive(int(word))}
 
+    def mount(self, host: str, *words: str) -> None:
+        """`mount WORDS`, seen by this host alone: by its ssh server, and by what comes in through that."""
+        server = self._servers[NODES.index(host)]  # `ip netns exec` has given it a mount namespace of its own
+        done = subprocess.run(
+            ["nsenter", f"--target={server.pid}", "--mount", "--", "mount", *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"mount {' '.join(words)}: {done.stderr}"
+
     def cut(self, host: str) -> None:
         """Take the host's link down; what runs there goes on."""
         self._ip_on(host, "link", "set", INTERFACE, "down")
@@ -111,6 +114,25 @@ class Hosts:
         for pid in self.pids(host):
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+
+    def power_on(self, host: str) -> None:
+        """Bring back a host that was powered off; its private mounts are gone."""
+        self._link(host)
+        self.serve(host)
+        self._servers[NODES.index(host)].wait()
+        self._servers[NODES.index(host)] = self._servers.pop()
+        self._wait_until_reached(host)
+
+    def _link(self, host: str) -> None:
+        self._ip_on(FRONT, "link", "add", f"to-{host}", "type", "veth",
+                    "peer", "name", INTERFACE, "netns", self._namespace(host))  # fmt: skip
+        self._ip_on(FRONT, "link", "set", f"to-{host}", "master", INTERFACE, "up")
+        self._ip_on(host, "addr", "add", f"{_ADDRESSES[host]}/24", "dev", INTERFACE)
+        self._ip_on(host, "link", "set", INTERFACE, "up")
+
+    def _wait_until_reached(self, host: str) -> None:
+        reach = self.on(FRONT, ["ssh", "-F", str(self.ssh_config), "-o", "BatchMode=yes", host, "true"])
+        wait_for(lambda: subprocess.run(reach, capture_output=True).returncode == 0, _UP_SECONDS)
 
     def know(self, host: str, key: Path) -> None:
         """Have the front know `key` as the host's."""
@@ -135,14 +157,16 @@ class Hosts:
             "StrictHostKeyChecking yes\nCheckHostIP no\n"
         )
 
-    def _serve(self, host: str) -> None:
+    def serve(self, host: str, port: int = 22, *more: str) -> None:
+        """Start an ssh server there; `more`: options of it, as NAME=VALUE."""
         options = [
+            *more,
             f"ListenAddress={_ADDRESSES[host]}", f"AuthorizedKeysFile={self.folder / 'authorized_keys'}",
             "PidFile=none", "StrictModes=no", "PermitRootLogin=yes", "UsePAM=no",
         ]  # fmt: skip
         words = [word for option in options for word in ("-o", option)]
-        server = [_path("sshd"), "-D", "-f", "/dev/null", "-h", str(self.folder / "host_key"), "-p", "22"]
-        log = ["-E", str(self.folder / f"sshd-{host}.log")]
+        server = [_path("sshd"), "-D", "-f", "/dev/null", "-h", str(self.folder / "host_key"), "-p", str(port)]
+        log = ["-E", str(self.folder / f"sshd-{host}-{port}.log")]
         self._servers.append(subprocess.Popen(self.on(host, [*server, *log, *words]), stdin=subprocess.DEVNULL))
 
     def _ip_on(self, host: str, *words: str) -> None:

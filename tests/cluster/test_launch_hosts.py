@@ -1,130 +1,42 @@
 """`mellow-ds launch` on real hosts over real ssh: the same run as on one, and no fault leaves a process behind."""
 
-import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from mellow_ds.monitor.metrics import read_metrics
-from tests.cli.runs import ROOT, TINY, environment
-from tests.cluster.hosts import FRONT, INTERFACE, NODES, Hosts, is_alive, wait_for
+from mellow_ds.launcher.wire import SILENCE_SECONDS
+from tests.cli.runs import ROOT
+from tests.cluster.hosts import INTERFACE, NODES, Hosts, wait_for
+from tests.cluster.runs import (
+    START_SECONDS,
+    WORK,
+    all_processes,
+    assert_nothing_is_left,
+    hold_port,
+    launch,
+    losses,
+    processes,
+    training,
+    wrote_steps,
+)
+from tests.guide import quoted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-SECONDS = 30  # from a fault to the end of all, and to a host without a process of the run
-START_SECONDS = 200  # until ranks that import torch are at work, beside other tests
-WORK = ROOT / "tests" / "cluster" / "work.py"
 
 
-class Launched:
-    """A launcher at work, and all that it says."""
-
-    def __init__(self, process: "subprocess.Popen[bytes]", said: Path) -> None:
-        self.process = process
-        self._said = said
-
-    def said(self) -> str:
-        return self._said.read_text(errors="replace")
-
-    def wait_for(self, words: str, count: int = 1, seconds: float = START_SECONDS) -> None:
-        """Until `words` were said `count` times."""
-        deadline = time.monotonic() + seconds
-        while self.said().count(words) < count:
-            assert self.process.poll() is None, self.said()[-3000:]
-            assert time.monotonic() < deadline, self.said()[-3000:]
-            time.sleep(0.1)
-
-    def end(self, seconds: float = SECONDS) -> int:
-        """Its exit code; fails where it is late."""
-        try:
-            return self.process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            pytest.fail(f"the launcher has not ended in {seconds} s:\n{self.said()[-3000:]}")
-
-    @property
-    def last_line(self) -> str:
-        return self.said().strip().splitlines()[-1]
-
-
-@contextlib.contextmanager
-def launch(hosts: Hosts, *words: object, name: str = "said", **variables: str) -> Iterator[Launched]:
-    """`mellow-ds launch` on the front, its own process group as under a terminal."""
-    said = hosts.folder / name
-    options = ["--hostfile", hosts.hostfile, "--ssh-config", hosts.ssh_config]
-    command = [sys.executable, "-m", "mellow_ds.cli.main", "launch", *map(str, [*options, *words])]
-    with said.open("wb") as file:
-        process = subprocess.Popen(
-            hosts.on(FRONT, command), cwd=ROOT, env=environment(**variables), stdin=subprocess.DEVNULL,
-            stdout=file, stderr=file, start_new_session=True,
-        )  # fmt: skip
-        try:
-            yield Launched(process, said)
-        finally:
-            process.kill()
-            process.wait()
-
-
-def training(corpus: Path, run: Path, **train: object) -> list[object]:
-    """train.py with a model of a few hundred weights, two examples a step and rank."""
-    more = [word for key, value in train.items() for word in (f"--train.{key}", value)]
-    return ["--", "train.py", "--config", "quickstart", "--deepspeed_config", "ds_configs/zero2.json",
-            "--data.shards", corpus, "--save-dir", run, *TINY, *more]  # fmt: skip
-
-
-def processes(hosts: Hosts, host: str, words: str = "") -> set[int]:
-    """Processes of a host, its ssh server's aside; those whose command line has `words`."""
-    found = set()
-    for pid in hosts.pids(host):
-        with contextlib.suppress(OSError):
-            program = Path(f"/proc/{pid}/exe").readlink().name
-            line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            if program.split()[0] != "sshd" and words in line:
-                found.add(pid)
-    return found
-
-
-def all_processes(hosts: Hosts) -> set[int]:
-    return {pid for host in (FRONT, *NODES) for pid in processes(hosts, host)}
-
-
-def assert_nothing_is_left(hosts: Hosts, since: float, others: frozenset[int] = frozenset()) -> None:
-    """No process but those of others `SECONDS` after a fault."""
-    left = SECONDS - (time.monotonic() - since)
-    deadline = time.monotonic() + max(left, 0)
-    while alive := all_processes(hosts) - others:
-        assert time.monotonic() < deadline, subprocess.run(
-            ["ps", "-o", "pid,ppid,stat,cmd", "-p", ",".join(map(str, alive))], capture_output=True, text=True
-        ).stdout
-        time.sleep(0.1)
-    assert all(is_alive(pid) for pid in others)
-
-
-def wrote_steps(run: Path, count: int) -> bool:
-    path = run / "metrics.jsonl"
-    return path.exists() and len(read_metrics(path)) >= count
-
-
-def losses(run: Path) -> list[float]:
-    return [record["loss"] for record in read_metrics(run / "metrics.jsonl") if "loss" in record]
-
-
-def test_two_hosts_compute_what_one_does(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+def test_two_hosts_compute_what_one_does(
+    hosts: Hosts, corpus: Path, losses_of_one_host: list[float], tmp_path: Path
+) -> None:
     with launch(hosts, "--interface", INTERFACE, *training(corpus, tmp_path / "two")) as launched:
         assert launched.end(START_SECONDS) == 0, launched.said()[-3000:]
     assert_nothing_is_left(hosts, time.monotonic())
-    here = [sys.executable, "-m", "mellow_ds.cli.main", "launch", "--num-per-host", "2"]
-    one = subprocess.run(
-        [*here, *map(str, training(corpus, tmp_path / "one"))], cwd=ROOT, env=environment(), timeout=START_SECONDS,
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert one.returncode == 0, one.stderr[-3000:]
-    assert len(losses(tmp_path / "one")) == 6
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
+    assert losses(tmp_path / "two") == pytest.approx(losses_of_one_host, rel=1e-6)
     logs = tmp_path / "two" / "logs"
     assert sorted(file.name for file in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
     assert "on 2 ranks" in (logs / "rank-0.log").read_text()
@@ -148,8 +60,8 @@ def test_a_cut_link_in_training(hosts: Hosts, corpus: Path, tmp_path: Path) -> N
         wait_for(lambda: launched.process.poll() is not None or wrote_steps(tmp_path / "run", 3), START_SECONDS)
         hosts.cut("node2")
         cut = time.monotonic()
-        assert launched.end() == 1, launched.said()[-3000:]
-        assert "host node2 (rank 1) is lost: " in launched.last_line
+        assert launched.end(SILENCE_SECONDS + 10) == 1, launched.said()[-3000:]
+        assert "host node2 (rank 1) " + quoted("is lost: ") in launched.last_line
     assert_nothing_is_left(hosts, cut)
 
 
@@ -161,7 +73,7 @@ def test_a_rank_killed_in_training(hosts: Hosts, corpus: Path, tmp_path: Path) -
         for pid in processes(hosts, "node2", "train.py"):
             os.kill(pid, signal.SIGKILL)
         assert launched.end() == 137, launched.said()[-3000:]
-        assert launched.last_line.startswith("error: rank 1 on host node2 was ended by SIGKILL (code 137)")
+        assert launched.last_line.startswith("error: rank 1 on host node2 " + quoted("was ended by SIGKILL (code 137)"))
     assert_nothing_is_left(hosts, killed)
 
 
@@ -231,16 +143,20 @@ def test_a_stop_leaves_the_jobs_of_others_alone(hosts: Hosts) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("wrong host key", "error: host node2: its host key is not the one known for it"),
-        ("unresolvable name", "error: host node7: nobody knows this name"),
+        ("wrong host key", "error: host node2: " + quoted("its host key is not the one known for it")),
+        ("unresolvable name", "error: host node7: " + quoted("nobody knows this name")),
         ("no such address", "error: host 10.77.0.99: "),
-        ("no ssh server", "error: host node2: no ssh server listens there"),
-        ("port in use", "error: host node1: port 29500 cannot be used there (Address already in use)"),
-        ("no python", "error: host node1: its Python is not there"),
+        ("no ssh server", "error: host node2: " + quoted("no ssh server listens there")),
+        ("port in use", "error: host node1: port 29500 " + quoted("cannot be used there (Address already in use)")),
+        ("no python", "error: host node1: " + quoted("its Python is not there")),
+        ("another folder", "error: host node2: "),
     ],
 )
-def test_what_cannot_start_is_refused_before_a_rank_runs(hosts: Hosts, fault: str, message: str) -> None:
+def test_what_cannot_start_is_refused_before_a_rank_runs(
+    hosts: Hosts, fault: str, message: str, tmp_path: Path
+) -> None:
     options: list[object] = []
+    folder, script = ROOT, WORK
     holder = None
     if fault == "wrong host key":
         hosts.know("node2", hosts.new_key("another"))
@@ -256,9 +172,15 @@ def test_what_cannot_start_is_refused_before_a_rank_runs(hosts: Hosts, fault: st
         options = ["--master-port", 29500]
     elif fault == "no python":
         options = ["--python", hosts.folder / "python"]
+    elif fault == "another folder":
+        folder, script = tmp_path / "work", Path(WORK.name)
+        folder.mkdir()
+        shutil.copy(WORK, folder)
+        message += f"{folder / script} is not there: {quoted('the run needs a folder that all hosts see')}"
+        hosts.mount("node2", "-t", "tmpfs", "mellow-empty", str(folder))
     try:
         began = time.monotonic()
-        with launch(hosts, *options, "--", WORK, "ends") as launched:
+        with launch(hosts, *options, "--", script, "ends", folder=folder) as launched:
             assert launched.end() == 2, launched.said()
         errors = [line for line in launched.said().splitlines() if line.startswith("error: ")]
         assert errors[0].startswith(message), launched.said()
@@ -298,12 +220,3 @@ def test_what_a_rank_gets(hosts: Hosts) -> None:
         assert f"[{place} rank {rank}] at work {expected} {ROOT} {odd}" in said
     assert not (ROOT / "made-by-a-shell").exists()
     assert "hidden-value" not in said
-
-
-def hold_port(hosts: Hosts, port: int) -> "subprocess.Popen[bytes]":
-    """A process on node1 that listens."""
-    code = f"import socket, time; s = socket.create_server(('', {port})); print('up', flush=True); time.sleep(600)"
-    holder = subprocess.Popen(hosts.on("node1", [sys.executable, "-c", code]), stdout=subprocess.PIPE)
-    assert holder.stdout is not None
-    holder.stdout.readline()
-    return holder

@@ -103,6 +103,39 @@ def test_the_arguments_of_train_are_read_before_a_host_is_spoken_to(
         main([*train, "--train.batchsize", "4"], "mellow-ds launch")
 
 
+@pytest.mark.parametrize(
+    ("options", "train", "message"),
+    [
+        ("--min-hosts 1", "", "--train.global_batch_size 24 (batch size 4 x 6 ranks x accumulation 1)"),
+        ("--min-hosts 1 --num-per-host 1", "--train.gradient_accumulation_steps 2", "--train.global_batch_size 16 "
+         "instead of train.gradient_accumulation_steps (batch size 4 x 2 ranks x accumulation 2)"),
+        ("--min-hosts 1", "--train.global_batch_size 48 --train.resume never", "train.resume is never"),
+        ("--min-hosts 3", "--train.global_batch_size 48", "--min-hosts is 3, but the run has 2 hosts"),
+        ("--min-hosts -1", "--train.global_batch_size 48", "--min-hosts is -1, but"),
+        ("--min-hosts 1 --max-restarts 0", "--train.global_batch_size 48", "--max-restarts is 0"),
+    ],
+)  # fmt: skip
+def test_a_run_that_could_not_go_on_with_fewer_hosts_is_refused(
+    here: Path, options: str, train: str, message: str
+) -> None:
+    script = [str(ROOT / "train.py"), "--config", "mellow", "--data.shards", "S", "--train.batch_size", "4",
+              *train.split()]  # fmt: skip
+    hosts = ["--hostfile", str(here / "hosts"), *options.replace(" -1", "=-1").split()]
+    with pytest.raises(ConfigError) as refused:
+        main([*hosts, "--dry-run", "--", *script], "mellow-ds launch")
+    assert message in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_whose_batch_is_fixed_may_go_on_with_fewer_hosts(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    script = [str(ROOT / "train.py"), "--config", "quickstart", "--data.shards", "S", "--train.global_batch_size", "48"]
+    assert main(["--hostfile", str(here / "hosts"), "--min-hosts", "1", "--dry-run", "--", *script], "x") == 0
+    assert "after a lost host: goes on with at least 1 host, 3 times at most" in capsys.readouterr().out
+    (here / "hosts").write_text("node1.invalid slots=1\nlocalhost slots=1\n")
+    with pytest.raises(ConfigError, match="any host may become the first, and localhost is none to others"):
+        main(["--hostfile", str(here / "hosts"), "--min-hosts", "1", "--dry-run", "--", *script], "x")
+
+
 def test_one_host_by_two_names_is_refused(here: Path) -> None:
     (here / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     with pytest.raises(ConfigError, match="are one and the same"):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -117,6 +118,71 @@ def test_a_run_of_another_host_that_beats_no_more_holds_nothing(tmp_path: Path, 
     heartbeat.at(phase, 3)
     write_beat(tmp_path / HEARTBEATS_NAME, heartbeat.now())
     RunLock.take(tmp_path).release()
+
+
+class Server:
+    """A file server that keeps the lock of a client that is gone, for so many requests."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path, num_refusals: int) -> None:
+        self.num_left = num_refusals
+        self._kept = folder / LOCK_NAME
+        self._inode = self._kept.stat().st_ino
+        self._real = fcntl.flock
+        monkeypatch.setattr(fcntl, "flock", self._flock)
+
+    def _flock(self, handle: int, operation: int) -> None:
+        if self.num_left and os.fstat(handle).st_ino == self._inode:
+            self.num_left -= 1
+            raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        self._real(handle, operation)
+
+
+FAR = ProcessId("gpu003", 4711, "another kernel pid:[1]", 5)
+
+
+def beaten_once(folder: Path) -> None:
+    """Heartbeats of a run that is gone."""
+    make_heartbeats(folder / HEARTBEATS_NAME)
+    beat = RankHeartbeat(folder / HEARTBEATS_NAME, World()).now()
+    write_beat(folder / HEARTBEATS_NAME, beat._replace(interval_seconds=0.1))
+
+
+def test_the_lock_of_a_lost_host_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a job does that a scheduler starts again elsewhere, while the server still knows the lost node."""
+    beaten_once(tmp_path)
+    write_holder(tmp_path, FAR)
+    server = Server(monkeypatch, tmp_path, 12)
+    RunLock.take(tmp_path).release()
+    assert server.num_left == 0
+
+
+def test_the_lock_of_a_lost_host_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_holder(tmp_path, FAR)
+    Server(monkeypatch, tmp_path, 10**6)
+    monkeypatch.setattr(run_lock, "_LEASE_SECONDS", 0.3)
+    with pytest.raises(ConfigError, match=r"is in use by a run on host gpu003.*lost for good, remove .*run\.lock"):
+        RunLock.take(tmp_path)
+
+
+def test_the_next_attempt_of_a_launch_takes_over_from_a_lost_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heartbeat cannot be told from a living one yet, and the server will never give the lock back."""
+    beaten_once(tmp_path)
+    content = {"process": vars(FAR), "started": "2026-01-02 03:04:05", "launch": "7f"}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(content))
+    Server(monkeypatch, tmp_path, 10**6)
+    monkeypatch.setattr(run_lock, "_LEASE_SECONDS", 0.3)
+    with pytest.raises(ConfigError, match="is in use by a run on host gpu003"):
+        RunLock.take(tmp_path, "another")
+    lock = RunLock.take(tmp_path, "7f")
+    monkeypatch.undo()
+    held = json.loads((tmp_path / LOCK_NAME).read_text())
+    assert (held["process"]["pid"], held["launch"]) == (os.getpid(), "7f")
+    with pytest.raises(ConfigError, match=f"pid {os.getpid()}"):
+        RunLock.take(tmp_path, "7f")  # it is no attempt of before that holds it
+    lock.release()
+    assert [path.name for path in tmp_path.glob("run.lock*")] == [LOCK_NAME]
 
 
 @pytest.mark.parametrize("content", ["", "{", '{"process": {}}', '{"process": {"host": "a", "pid": 1, "x": 2}}'])
