@@ -1,7 +1,7 @@
 """What `pip install` needs to know: metadata, requirements, extras and the two commands.
 
 `mellow_ds` and `shards` are installed, nothing else. REQUIREMENTS and EXTRAS stay plain literals: the set-up reads them
-from here as text (launch/check_environment.py, launch/setup_env.sh), so that what is required stands in one place.
+from here as text (launch/has_requirements.py, launch/setup_env.sh), so that what is required stands in one place.
 """
 
 import re
@@ -40,6 +40,7 @@ EXTRAS = {
     "test": [
         "pytest>=8",
         "pytest-timeout>=2.3",
+        "pytest-xdist>=3.6",
         "hypothesis>=6.100",
         "matplotlib>=3.8",
         "mypy>=1.15",

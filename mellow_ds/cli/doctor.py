@@ -19,6 +19,7 @@ examples:
   mellow-ds doctor --config mellow --deepspeed_config ds_configs/zero2.json --data.shards SHARDS
   mellow-ds doctor --config mellow --data.shards SHARDS --world 8 --gpu-memory 80
   mellow-ds doctor --config quickstart --data.shards SHARDS --world 2 --json
+  mellow-ds doctor --hostfile hosts
 
 exit codes: 0 nothing stops the run, 2 something will not work
 """
@@ -26,6 +27,10 @@ exit codes: 0 nothing stops the run, 2 something will not work
 
 def main(arguments: list[str], program: str) -> int:
     """Run the command; returns its exit code."""
+    if _is_about_hosts(arguments):
+        from mellow_ds.cli import preflight
+
+        return preflight.main(arguments, program)
     options, config = _parse(arguments, program)
     engine_json = read_engine_json(config.deepspeed_config)
     from mellow_ds.doctor.offline import offline
@@ -55,9 +60,17 @@ def _examine(config: RunConfig, engine_json: dict[str, Any], options: argparse.N
 
 def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     """The command's own options; raises where those of the run configuration would be refused."""
+    if _is_about_hosts(arguments):
+        from mellow_ds.cli import preflight
+
+        return preflight.parse_arguments(arguments, program)
     options, config = _parse(arguments, program)
     read_engine_json(config.deepspeed_config)
     return options
+
+
+def _is_about_hosts(arguments: list[str]) -> bool:
+    return any(word.partition("=")[0] == "--hostfile" for word in arguments)
 
 
 def _parse(arguments: list[str], program: str) -> tuple[argparse.Namespace, RunConfig]:
@@ -73,6 +86,10 @@ def _parse(arguments: list[str], program: str) -> tuple[argparse.Namespace, RunC
         help="memory of each GPU; where none is seen here, GPUs elsewhere are meant (default: what is there)",
     )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print findings and summary as JSON")
+    parser.add_argument(
+        "--hostfile", metavar="FILE",
+        help="examine the hosts of a hostfile instead; `mellow-ds doctor --hostfile FILE --help` tells more",
+    )  # fmt: skip
     options, rest = parser.parse_known_args(arguments)
     for name, value in (("--world", options.world), ("--gpu-memory", options.gpu_memory)):
         if value < 0:

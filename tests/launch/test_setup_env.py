@@ -60,7 +60,7 @@ class Clone:
             "setup.py",
             "constraints.txt",
             "launch/setup_env.sh",
-            "launch/check_environment.py",
+            "launch/has_requirements.py",
             "launch/env.sh",
         ):
             shutil.copy(ROOT / name, self.root / name)

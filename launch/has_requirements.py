@@ -1,6 +1,6 @@
 """Does the interpreter that runs this satisfy setup.py? Used by setup_env.sh; needs nothing but the interpreter.
 
-    python -I launch/check_environment.py [extra ...]
+    python -I launch/has_requirements.py [extra ...]
 
 Silent with exit code 0 when it does; else one line with the first thing that is missing, and exit code 1. Versions are
 compared with the ranges of setup.py, not with the pins of constraints.txt: an environment of the user's own may be a
