@@ -21,14 +21,11 @@ source launch/env.sh
 
 slots=$("$MELLOW_PYTHON" -c 'import torch; print(torch.cuda.device_count() or 2)')
 mkdir -p "$folder"
-printf 'localhost slots=%s\n' "$slots" >"$folder/hosts"
 cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > slots ? cores / slots : 1))}
-port=$("$MELLOW_PYTHON" -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])')
 
 ranks() { # run train.py on all slots of this host, which needs no ssh; DeepSpeed's own launch lines are left out
-    "$MELLOW_PYTHON" -m deepspeed.launcher.runner --hostfile "$folder/hosts" --no_ssh_check \
-        --master_addr 127.0.0.1 --master_port "$port" train.py \
+    bash launch/deepspeed/single_node.sh --num-per-host "$slots" \
         --config quickstart --save-dir "$folder/run" "$@" 2> >(grep --line-buffered -v real_accelerator.py >&2) |
         { grep --line-buffered -v '\[launch.py\|\[runner.py' || true; }
 }

@@ -24,6 +24,7 @@ PATH=${PATH//":$venv/bin:"/:} # what remains is what .venv may be made with
 PATH=${PATH#:} PATH=${PATH%:}
 
 say() { printf '[set-up] %s\n' "$*" >&2; }
+found_say() { [[ -n "${MELLOW_QUIET:-}" ]] || say "$*"; } # launch/env.sh is quiet where there is nothing to do
 fail() {
     printf 'error: %s\n' "$*" >&2
     exit 2
@@ -47,7 +48,7 @@ satisfied_active_python() {
     local python reason
     python=$(active_python)
     if [[ "$active_prefix" == "$venv" ]] || ! is_usable "$python"; then return 1; fi
-    if reason=$("$python" -I launch/check_environment.py "$@" 2>&1); then
+    if reason=$("$python" -I launch/has_requirements.py "$@" 2>&1); then
         "$python" -c 'import sys; print(sys.executable)'
     else
         if [[ -n "$active_prefix" ]]; then say "not using the active $active_prefix: ${reason##*$'\n'}"; fi
@@ -190,7 +191,7 @@ done
 # An environment that someone activated goes first; the bare python3 on the PATH counts only while there is no .venv.
 if [[ -n "$active_prefix" && "$active_prefix" != "$venv" ]] || ! is_ready "$@"; then
     if python=$(satisfied_active_python "$@"); then
-        say "using the active environment: $python (Python $(version_of "$python"))"
+        found_say "using the active environment: $python (Python $(version_of "$python"))"
         echo "$python"
         exit
     fi
@@ -209,5 +210,5 @@ if ! is_ready "$@"; then
     make_venv
     install_packages "$@"
 fi
-say "using .venv (Python $(version_of "$venv/bin/python")); to have its commands in your shell: source .venv/bin/activate"
+found_say "using .venv (Python $(version_of "$venv/bin/python")); to have its commands in your shell: source .venv/bin/activate"
 echo "$venv/bin/python"

@@ -2,10 +2,12 @@
 
 import importlib
 import importlib.util
+import os
 import re
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,18 @@ NOT_RUN = {
     "mellow-shards": "runs in tests/shards; as written it needs the reader's audio",
     "mellow-ds": "runs in tests/cli; as written it needs a run or a checkpoint of the reader",
     "bash launch/quickstart.sh": "takes 8 minutes; its record is in docs/results.md",
+    "bash launch/test_distributed.sh": "runs in tests/cluster",
+    "python launch/check_env.py": "runs in tests/preflight",
+    "bash launch/ssh/": "runs in tests/cluster with a tiny model; as written it needs GPUs or hosts, so here --dry-run",
+    "bash launch/deepspeed/": "the same",
+    "bash launch/slurm/": "the same, on the SLURM cluster of tests/cluster",
+    "python launch/verify_slurm_setup.py": "needs a SLURM cluster; runs on that of tests/cluster",
+    "bash launch/setup_env.sh": "runs in tests/launch",
+    "tail": "reads the log of a job",
+    "scancel": "needs a SLURM cluster; what follows is shown in tests/cluster",
+    "scontrol": "the same",
+    "NODE_RANK=": "the same",
+    "RANK=": "the same",
     "bash tests/run.sh": "is this suite",
     "bash tests/soak.sh": "takes 7 minutes; its record is in docs/results.md, a sample of each runs in tests/soak",
     "source .venv/bin/activate && pre-commit install": "writes into the clone's git hooks",
@@ -68,6 +82,9 @@ def mentioned_commands(document: Path) -> list[str]:
 def parse(command: str) -> None:
     """Read a command line as its program would; raises or exits where it would refuse it."""
     words = shlex.split(command)
+    if re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        _run_dry(words)
+        return
     program, rest = words[0], words[1:]
     if program not in _PARSERS:
         assert any(command.startswith(known) for known in NOT_RUN), f"no parser and no reason in NOT_RUN for: {command}"
@@ -158,11 +175,21 @@ def _load(file: Path) -> Any:
 
 
 def _python(arguments: list[str]) -> None:
-    modules = {"shards": _mellow_shards, "mellow_ds.cli.main": _mellow_ds}
+    modules = {
+        "shards": _mellow_shards,
+        "mellow_ds.cli.main": _mellow_ds,
+        "mellow_ds.preflight.collectives": _collectives,
+    }
     if arguments[0] == "-m":
         modules[arguments[1]](arguments[2:])
     else:
         _script(arguments[0], arguments[1:])
+
+
+def _collectives(arguments: list[str]) -> None:
+    from mellow_ds.preflight.collectives import parse_arguments
+
+    parse_arguments(arguments)
 
 
 def _mellow_ds(arguments: list[str]) -> None:
@@ -209,16 +236,57 @@ def _srun(arguments: list[str]) -> None:
 
 
 def _sbatch(arguments: list[str]) -> None:
-    """A batch script of the clone; what it does with its arguments is its own."""
+    """A batch script of the clone, as far as it goes without SLURM; sbatch's own options are written as one word."""
+    array = {}
     while arguments[0].startswith("-"):
+        if arguments[0].startswith("--array="):
+            tasks = [int(number) for number in re.findall(r"\d+", arguments[0])]
+            count = tasks[1] + 1 if "-" in arguments[0].removeprefix("--") else len(tasks)
+            numbers = {"TASK_ID": tasks[0], "TASK_MIN": tasks[0], "TASK_MAX": tasks[1], "TASK_COUNT": count}
+            array = {f"SLURM_ARRAY_{name}": str(number) for name, number in numbers.items()}
         arguments = arguments[1:]
-    _bash(arguments)
+    script = ROOT / arguments[0]
+    assert script.is_file(), f"{arguments[0]} is not there"
+    environ = {**{name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}, **array}
+    command = ["bash", *arguments, "--dry-run"]
+    done = subprocess.run(command, cwd=ROOT, env=environ, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    # what it would run takes its arguments, too
+    for line in done.stdout.splitlines():
+        if " train.py " in line:
+            _train(shlex.split(line.partition(" train.py ")[2]))
+        elif line.startswith("python -m shards "):
+            parse(line)
 
 
 def _bash(arguments: list[str]) -> None:
     script = ROOT / arguments[0]
     assert script.is_file(), f"{arguments[0]} is not there"
+    if script.parent.name == "slurm":
+        _sbatch([word for word in arguments if word != "--dry-run"])
+        return
+    if script.parent.name in ("ssh", "deepspeed"):
+        _run_dry(["bash", *arguments])
+        return
     subprocess.run(["bash", "-n", script], check=True)
+
+
+def _run_dry(words: list[str]) -> None:
+    """A script of launch/, with variables before it or without, as far as it goes without a host."""
+    with tempfile.TemporaryDirectory() as folder:
+        hosts = Path(folder) / "hosts"
+        hosts.write_text("node1 slots=4\nnode2 slots=4\n")
+        readers = {**READERS_CONFIGS, "hosts": str(hosts), "CONFIG": "mellow"}
+        variables = [word for word in words if re.fullmatch(r"[A-Z_]+=.*", word)]
+        command = [readers.get(word, word) for word in words[len(variables) :]]
+        done = subprocess.run(
+            ["env", f"MELLOW_VENV={sys.prefix}", *variables, *command, "--dry-run"],
+            cwd=ROOT, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    assert "--config" in done.stdout
 
 
 _PARSERS: dict[str, Callable[[list[str]], None]] = {

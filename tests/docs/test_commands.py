@@ -63,7 +63,7 @@ def test_the_extraction_finds_what_is_there() -> None:
     assert any("--mode evaluate_checkpoint" in command and "--save-dir runs/mine" in command for command in blocks)
     assert any(command.startswith("python benchmarks/train_step.py") for command in blocks)  # without a language
     mentions = [command for document in DOCUMENTS for command in mentioned_commands(document)]
-    assert "srun python train.py --config mellow --data.shards SHARDS" in mentions  # in a table
+    assert "bash launch/ssh/single_node.sh --config mellow --data.shards SHARDS" in mentions  # in a table
     assert "mellow-ds convert --from-mellow v0.ckpt --out converted" in mentions
 
 

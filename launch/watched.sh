@@ -1,0 +1,47 @@
+# shellcheck shell=bash
+# Sourced by the scripts whose launcher is not of this project (DeepSpeed's, pdsh, mpirun): runs it so that its end is this
+# script's end and the other way round, and so that a stop reaches the ranks and not the launcher, which would drop them.
+#
+#   run_watched FUNCTION COMMAND ...    FUNCTION SIGNAL has to send a signal to the ranks; sets CODE
+#
+# The command gets a process group of its own: Ctrl-C in a terminal goes to the script alone. A second signal ends the
+# ranks and the launcher at once. Where this script is killed, launch/tied.py ends the launcher.
+
+_signals=""
+
+# Has no `return`: bash 5.2 takes it for one of the function that waits.
+_stop() { # SIGNAL NAME
+    if [[ -z "$_signals" ]]; then
+        _signals=$1
+        printf '%s: every rank is told, and waited for; once more ends them at once\n' "$2" >&2
+        "$_send" "$1" || true
+    else
+        printf 'ending all ranks at once\n' >&2
+        "$_send" KILL || true
+        sleep 1
+        kill -KILL -- "-$_child" 2>/dev/null || true
+    fi
+}
+
+run_watched() {
+    _send=$1
+    shift
+    set -m # a process group for what is started now
+    "$MELLOW_PYTHON" -I "$MELLOW_ROOT/launch/tied.py" "$@" </dev/null &
+    _child=$!
+    set +m
+    trap '_stop INT Ctrl-C' INT
+    trap '_stop TERM SIGTERM' TERM HUP
+    trap '_stop USR1 SIGUSR1' USR1
+    CODE=0
+    while :; do
+        wait "$_child" && CODE=0 || CODE=$?
+        # a signal ends `wait` before the launcher has ended
+        kill -0 "$_child" 2>/dev/null || break
+    done
+    wait "$_child" 2>/dev/null && CODE=0 || CODE=$?
+    kill -KILL -- "-$_child" 2>/dev/null || true # what it left here
+    trap - INT TERM HUP USR1
+    # -N as launchers hand on the code of a rank that signal N ended
+    if ((CODE > 192)); then CODE=$((384 - CODE)); fi
+}

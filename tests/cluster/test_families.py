@@ -1,0 +1,126 @@
+"""The scripts of launch/ on real hosts: all come to the losses of one host, and DeepSpeed's launcher leaves nothing."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.cli.runs import ROOT
+from tests.cluster.hosts import FRONT, NODES, Hosts, wait_for
+from tests.cluster.runs import (
+    SECONDS,
+    START_SECONDS,
+    assert_nothing_is_left,
+    losses,
+    processes,
+    script,
+    train_arguments,
+    wrote_steps,
+)
+from tests.ranks import free_port
+
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+PROGRAMS = {"deepspeed/pdsh.sh": "pdsh", "ssh/pdsh.sh": "pdsh", "deepspeed/openmpi.sh": "mpirun"}
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def need(name: str) -> None:
+    program = PROGRAMS.get(name)
+    if program and shutil.which(program) is None:
+        pytest.skip(f"{program} is not installed")
+
+
+@pytest.mark.parametrize("name", ["deepspeed/pdsh.sh", "ssh/torchrun.sh", "ssh/pdsh.sh", "deepspeed/openmpi.sh"])
+def test_two_hosts_compute_what_one_does(
+    name: str, hosts: Hosts, corpus: Path, losses_of_one_host: list[float], tmp_path: Path
+) -> None:
+    """With a run folder whose name a shell, pdsh and DeepSpeed would each change; the longest road of an argument."""
+    need(name)
+    run = tmp_path / 'a run of $HOME\'s "own" %n; \\ `id`'
+    with script(hosts, name, *train_arguments(corpus, run), **AS_ROOT) as launched:
+        assert launched.end(START_SECONDS) == 0, launched.said()[-3000:]
+    assert_nothing_is_left(hosts, time.monotonic())
+    assert losses(run) == pytest.approx(losses_of_one_host, rel=1e-6)
+    assert "on 2 ranks" in (run / "log.txt").read_text()
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """This clone as the scripts see it, with a train.py that is quick to start."""
+    folder = tmp_path / "clone"
+    folder.mkdir()
+    shutil.copytree(ROOT / "launch", folder / "launch")
+    (folder / "mellow_ds").symlink_to(ROOT / "mellow_ds")
+    (folder / "ds_configs").symlink_to(ROOT / "ds_configs")
+    shutil.copy(ROOT / "tests" / "cluster" / "stand_in.py", folder / "train.py")
+    return folder
+
+
+def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clone: Path) -> None:
+    """Four runs on the same hosts: Ctrl-C for one, and SIGKILL for the runner, for pdsh and for the script of another.
+
+    By itself DeepSpeed would `pkill -f` everything that looks like its launcher on Ctrl-C, and forget the ranks else.
+    """
+    need("deepspeed/pdsh.sh")
+    with contextlib.ExitStack() as stack:
+        runs, ports = {}, {}
+        for name in ("Ctrl-C", "runner", "pdsh", "script"):
+            ports[name] = free_port()
+            words = ("deepspeed/pdsh.sh", "--config", "quickstart")
+            runs[name] = stack.enter_context(script(hosts, *words, root=clone, port=ports[name]))
+        for run in runs.values():
+            run.wait_for("at work", 2)
+        pressed = time.monotonic()
+        os.killpg(runs["Ctrl-C"].process.pid, signal.SIGINT)
+        assert runs["Ctrl-C"].end() == 130, runs["Ctrl-C"].said()
+        assert runs["Ctrl-C"].said().count("saved") == 2
+        wait_for(lambda: not processes(hosts, "node2", f"--master_port={ports['Ctrl-C']} "), SECONDS)
+        assert time.monotonic() - pressed < SECONDS
+        # 2 ranks each; a stop on its way would be said
+        assert sum(len(processes(hosts, host, "train.py --local_rank")) for host in NODES) == 6
+        assert not any("saved" in runs[name].said() for name in ("runner", "pdsh", "script"))
+        began = time.monotonic()
+        kill(processes(hosts, FRONT, "deepspeed.launcher.runner"), ports["runner"])
+        kill(processes(hosts, FRONT, "pdsh -S"), ports["pdsh"])  # and what the runner takes for it
+        runs["script"].process.kill()
+        assert {name: run.end() for name, run in runs.items() if name != "Ctrl-C"} == {
+            "runner": 137, "pdsh": 137, "script": -signal.SIGKILL
+        }  # fmt: skip
+        assert_nothing_is_left(hosts, began)
+
+
+def test_training_ends_with_the_launcher_of_one_host(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    """Its ranks ask for a stop, all agree on it and save."""
+    need("deepspeed/pdsh.sh")
+    run = tmp_path / "run"
+    words = train_arguments(corpus, run, max_steps=5000, save_every_steps=0)
+    port = free_port()
+    with script(hosts, "deepspeed/pdsh.sh", *words, port=port) as launched:
+        wait_for(lambda: launched.process.poll() is not None or wrote_steps(run, 3), START_SECONDS)
+        began = time.monotonic()
+        kill({pid for pid in processes(hosts, "node2", "deepspeed.launcher.launch") if is_python(pid)}, port)
+        assert launched.end() not in (0, 2), launched.said()[-3000:]
+        assert_nothing_is_left(hosts, began)
+    assert list((run / "checkpoints").glob("step-*")), launched.said()[-3000:]
+
+
+def kill(pids: set[int], port: int) -> None:
+    """SIGKILL to those of the run whose ranks meet at a port."""
+    chosen = [pid for pid in pids if re.search(rf"--master_port[= ]{port}\b", command_of(pid))]
+    assert chosen
+    for pid in chosen:
+        os.kill(pid, signal.SIGKILL)
+
+
+def command_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+
+
+def is_python(pid: int) -> bool:
+    """And no shell that names the same command."""
+    return Path(f"/proc/{pid}/exe").readlink().name.startswith("python")
