@@ -1,5 +1,6 @@
 """Asking a run to stop: a signal or the clock says so, the trainer asks after a step, all ranks agree and save."""
 
+import atexit
 import contextlib
 import ctypes
 import os
@@ -27,6 +28,7 @@ class StopRequest:
         """Take over SIGTERM, SIGUSR1 (85: start again to go on) and, with `interrupt`, SIGINT (130)."""
         for number in (signal.SIGTERM, signal.SIGUSR1, *([signal.SIGINT] if interrupt else [])):
             signal.signal(number, self._receive)
+        atexit.register(turn_deaf)
 
     @contextlib.contextmanager
     def at_once(self) -> Iterator[None]:
@@ -46,6 +48,12 @@ class StopRequest:
         self.exit_code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_STOPPED
         if self._is_saved:
             raise SystemExit(self.exit_code)
+
+
+def turn_deaf() -> None:
+    """Python takes its handlers back before it is gone: a signal then would make a finished run look failed."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 class TimeBudget:

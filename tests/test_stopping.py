@@ -116,3 +116,17 @@ def test_no_budget_is_never_spent(clock: list[float]) -> None:
     clock[0] = 1e9
     budget.note_step()
     assert not budget.is_spent
+
+
+def test_a_signal_in_the_last_moment_does_not_make_a_finished_run_look_failed() -> None:
+    """When Python has taken its handlers back already, as it has where objects of the main module go."""
+    code = (
+        "import os, signal, sys\n"
+        "from mellow_ds.stopping import StopRequest\n"
+        "class Last:\n"
+        "    def __del__(self, kill=os.kill, pid=os.getpid(), number=signal.SIGUSR1): kill(pid, number)\n"
+        "last = Last()\n"
+        "StopRequest().listen()\n"
+        f"sys.exit({EXIT_STOPPED})\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == EXIT_STOPPED

@@ -14,6 +14,7 @@ from types import FrameType
 
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_STOPPED
 from mellow_ds.monitor.process_id import ProcessId, ancestors, descendants
+from mellow_ds.stopping import turn_deaf
 
 _PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
@@ -33,6 +34,8 @@ def main(arguments: list[str], signals_reach_ranks: bool = False) -> int:
     except ChildFailedError as failed:
         code = int(failed.get_first_failure()[1].exitcode)
         return (code if code > 0 else 128 - code) or EXIT_FAULT
+    finally:
+        turn_deaf()
     return EXIT_DONE
 
 
