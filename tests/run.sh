@@ -10,13 +10,17 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 note() { printf '[tests] %s\n' "$*" >&2; }
 
-# What the tests of pdsh, ssh, network namespaces and caption metrics need from the system; they skip, with a reason,
-# where it is not there.
+# What the tests of pdsh, ssh, network namespaces, SLURM, MPI and caption metrics need from the system; they skip, with a
+# reason, where it is not there.
 missing_debian_packages() {
     command -v pdsh >/dev/null || echo pdsh
     command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || echo openssh-server
     command -v ssh >/dev/null || echo openssh-client
     command -v ip >/dev/null || [ -x /usr/sbin/ip ] || echo iproute2
+    command -v slurmctld >/dev/null || [ -x /usr/sbin/slurmctld ] || echo slurm-wlm
+    command -v munged >/dev/null || [ -x /usr/sbin/munged ] || echo munge
+    command -v mpirun >/dev/null || echo openmpi-bin
+    command -v mpiexec.hydra >/dev/null || echo mpich
     command -v java >/dev/null || echo default-jre-headless
 }
 
@@ -29,7 +33,7 @@ install_debian_packages() (
     fi
     note "installing ${packages}with apt-get"
     policy=/usr/sbin/policy-rc.d
-    if [ ! -e "$policy" ]; then # a test run starts no ssh server on this machine
+    if [ ! -e "$policy" ]; then # a test run starts no ssh server and no SLURM on this machine
         trap 'rm -f "$policy"' EXIT
         printf '#!/bin/sh\nexit 101\n' >"$policy"
         chmod +x "$policy"
@@ -48,5 +52,7 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))} # many tests run two ranks side by side
 export PYTHONPATH=$MELLOW_ROOT
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-note "pytest, with $OMP_NUM_THREADS thread(s) a process on $cores cores"
-exec "$MELLOW_PYTHON" -m pytest -m "not gpu" "$@"
+# A file of tests at a time to each of a few workers: much of a test is waiting, for starts and for what must end in time.
+workers=${MELLOW_TEST_WORKERS:-$((cores < 4 ? cores : 4))}
+note "pytest in $workers worker(s), with $OMP_NUM_THREADS thread(s) a process on $cores cores"
+exec "$MELLOW_PYTHON" -m pytest -m "not gpu" -n "$workers" --dist loadfile --no-loadscope-reorder "$@"
