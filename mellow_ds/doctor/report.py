@@ -6,8 +6,9 @@ from typing import Any
 from mellow_ds.doctor.facts import Case
 from mellow_ds.doctor.findings import NOTE, SEVERITIES, SLOW, STOPS, Finding
 from mellow_ds.doctor.fit import rank_memory
-from mellow_ds.doctor.memory import back_end_of, readable, setup_of, state_bytes
+from mellow_ds.doctor.memory import Setup, back_end_of, readable, setup_of, state_bytes, stays_gathered
 from mellow_ds.doctor.steps import precision_of, stage_of, step_arithmetic
+from mellow_ds.doctor.traffic import fsdp_step_bytes, step_bytes
 from mellow_ds.errors import ConfigError
 
 _TITLES = {STOPS: "WILL NOT WORK", SLOW: "WILL BE SLOW, OR WASTE SOMETHING", NOTE: "TO BE KNOWN"}
@@ -124,7 +125,26 @@ def _memory(case: Case) -> list[tuple[str, str]]:
     )
     room = f" of {readable(case.machine.memory_bytes)}" if case.machine.memory_bytes else ""
     rows.append(("peak of a rank", f"{readable(needed.peak)}{room}, buckets and gathered weights included"))
+    if setup.world > 1:
+        rows.append(("sent a rank and step", f"{readable(int(_sent(case, setup)))} at most (docs/communication.md)"))
     return rows
+
+
+def _sent(case: Case, setup: Setup) -> float:
+    """Bytes that a rank hands to the network in a step."""
+    model = case.model
+    assert model is not None
+    sizes = (setup.stage, model.num_trained, setup.world, setup.number_bytes, step_arithmetic(case).micro_batches)
+    if setup.back_end == "fsdp":
+        return fsdp_step_bytes(*sizes)
+    decoder = model.part("decoder")
+    is_embedding_trained = decoder.num_trained == decoder.num_parameters
+    return step_bytes(
+        *sizes,
+        all_reduces=case.engine_json.get("zero_optimization", {}).get("use_multi_rank_bucket_allreduce", True),
+        gathers=1 if stays_gathered(model, setup) else 2,
+        num_tied=model.largest_parameter if model.is_tied and is_embedding_trained else 0,
+    )
 
 
 def _elsewhere(held: Any) -> str:

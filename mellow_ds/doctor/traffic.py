@@ -41,3 +41,18 @@ def step_bytes(
     if stage == 3 and gathers > 1:
         sent += 2 * micro_batches * num_tied
     return number_bytes * sent * (world - 1) / world
+
+
+def fsdp_step_bytes(stage: int, num_trained: int, world: int, number_bytes: int, micro_batches: int = 1) -> float:
+    """What each rank sends in a step of FSDP2 (stage 0: DDP), at most: what is outside the blocks is gathered once.
+
+    Gradients are reduced in float32, weights gathered in the compute format.
+    """
+    gradient = 4.0
+    by_stage = {
+        0: 2 * gradient,
+        1: gradient + number_bytes,
+        2: micro_batches * (gradient + number_bytes),
+        3: micro_batches * (gradient + 2 * number_bytes),
+    }
+    return by_stage[stage] * num_trained * (world - 1) / world

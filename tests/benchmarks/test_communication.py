@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 import communication
 import pytest
 
-from mellow_ds.doctor.traffic import step_bytes
+from mellow_ds.doctor.traffic import fsdp_step_bytes, step_bytes
 from mellow_ds.verify.traffic import Sizes, expected_bytes
 
 
@@ -21,6 +21,19 @@ def test_the_formula_is_that_of_the_doctor() -> None:
             assert expected_bytes(case, sizes, 4) == pytest.approx(doctor), case.name
             checked += 1
     assert checked == 14
+
+
+def test_the_formula_of_fsdp2_is_that_of_the_doctor() -> None:
+    checked = 0
+    for variant in communication.variants():
+        if variant.kind != "fsdp" or not variant.frozen_whole_megabytes:
+            continue
+        for accumulation, precision, number_bytes in ((1, "float32", 4), (3, "bfloat16", 2)):
+            case = replace(variant, accumulation=accumulation, precision=precision)
+            expected = expected_bytes(case, Sizes(trained=1000, root=0, frozen=0), 4)
+            assert fsdp_step_bytes(case.stage, 1000, 4, number_bytes, accumulation) == pytest.approx(expected), case
+            checked += 1
+    assert checked == 8
 
 
 def test_the_table_shows_multiples_of_the_trained_bytes_and_the_worst_world() -> None:
