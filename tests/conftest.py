@@ -1,10 +1,16 @@
 """Fixtures that tests of all rooms share."""
 
 import logging
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# a suite that a shell started in the background, or by nohup, would hand this on to all that its tests start
+for _number, _handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(_number) is signal.SIG_IGN:
+        signal.signal(_number, _handler)
 
 
 @pytest.fixture(scope="session")

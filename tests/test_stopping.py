@@ -14,9 +14,8 @@ from mellow_ds.stopping import StopRequest, TimeBudget
 
 @pytest.fixture(autouse=True)
 def _handlers() -> Iterator[None]:
-    """Signals are as Python sets them (a shell has its background jobs ignore SIGINT), and as they were afterwards."""
+    """Signals are as they were afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -13,7 +13,15 @@ from mellow_ds.errors import EXIT_DONE, ConfigError
 from mellow_ds.launcher.describe import count, describe
 from mellow_ds.launcher.environment import choose_variables
 from mellow_ds.launcher.hostfile import Host, check_host_name, filter_hosts, limit_slots, read_hostfile
-from mellow_ds.launcher.plan import DEFAULT_PORT, LOCAL_NAMES, LaunchPlan, choose_master, place_ranks, rank_command
+from mellow_ds.launcher.plan import (
+    ANY_PORT,
+    DEFAULT_PORT,
+    LOCAL_NAMES,
+    LaunchPlan,
+    choose_master,
+    place_ranks,
+    rank_command,
+)
 from mellow_ds.launcher.remote import host_command, local_hosts
 
 _STOP_SECONDS = 300.0
@@ -93,7 +101,10 @@ def _add_hosts(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--exclude", default="", metavar="HOSTS", help="all but these: `name@name:slot,slot`")
     group.add_argument("--master-addr", default="", metavar="ADDRESS", help="of the first host, as all others see it")
     group.add_argument(
-        "--master-port", type=int, metavar="PORT", help=f"where the ranks meet (default: {DEFAULT_PORT}, or a free one)"
+        "--master-port",
+        type=int,
+        metavar="PORT",
+        help=f"where the ranks meet (default: with a hostfile {DEFAULT_PORT}, or a free one)",
     )
     group.add_argument("--ssh-config", default="", metavar="FILE", help="for ssh -F (default: the user's own)")
 
@@ -142,9 +153,10 @@ def make_plan(options: argparse.Namespace) -> LaunchPlan:
     for option, file in (("--ssh-config", options.ssh_config), ("the script", _script(options.command))):
         if file and not Path(file).is_file():
             raise ConfigError(f"{option} {file} is not there")
-    port = DEFAULT_PORT if options.master_port is None else options.master_port
-    if not 0 < port < 65_536:
-        raise ConfigError(f"--master-port is {port}; a port is a number from 1 to 65535")
+    # runs of one host meet wherever a port is free: two that start together would both find the usual one free
+    port = options.master_port or (DEFAULT_PORT if options.hostfile else ANY_PORT)
+    if options.master_port is not None and not 0 < options.master_port < 65_536:
+        raise ConfigError(f"--master-port is {options.master_port}; a port is a number from 1 to 65535")
     if options.master_addr:
         check_host_name(options.master_addr, "--master-addr")
     if options.interface and not re.fullmatch(r"[A-Za-z0-9_.:,^=-]+", options.interface):

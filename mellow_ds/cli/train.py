@@ -38,14 +38,14 @@ def main(arguments: list[str] | None = None, program: str = "train.py", mode: st
         # before anything is started all ranks find the same mistake: one line is enough
         if world.is_main or checked:
             print(f"error: {_rank_prefix(world)}{error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        return _failed(error.exit_code)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
         traceback.print_exc()
         what = f"unexpected fault, see the traceback above: {one_line(error)}"
         print(f"error: {_rank_prefix(world)}{what}", file=sys.stderr, flush=True)
-        return EXIT_FAULT
+        return _failed(EXIT_FAULT)
 
 
 def check_inputs(config: RunConfig, world: World) -> None:
@@ -175,6 +175,17 @@ def run(config: RunConfig, world: World) -> int:
     finally:
         if is_well or world.size == 1:  # a rank that fails does not wait for the others to take their leave
             stop_process_group()
+    return exit_code
+
+
+def _failed(exit_code: int) -> int:
+    """The code of a rank that fails. One that has met the others ends at once: threads of its process group, which is
+    still open, could abort it while Python takes itself down, and launchers would hand on the code of that."""
+    group = sys.modules.get("torch.distributed")
+    if group is not None and group.is_initialized():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
     return exit_code
 
 

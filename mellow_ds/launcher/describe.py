@@ -12,7 +12,7 @@ def describe(plan: LaunchPlan, commands: dict[str, list[str]], log_folder: Path 
     """The lines of a dry run."""
     lines = [
         f"{count(plan.num_ranks, 'rank')} on {count(len(plan.hosts), 'host')}, in {plan.folder}; they meet at "
-        f"{plan.master_address}:{plan.master_port}{'' if plan.is_port_fixed else ' or a free port'}",
+        f"{_meeting_place(plan)}",
     ]
     for host in plan.hosts:
         devices = f", GPUs {','.join(map(str, host.devices))}" if host.devices else ""
@@ -46,3 +46,9 @@ def count(number: int, what: str) -> str:
 
 def _or_none(lines: Sequence[str]) -> list[str]:
     return [f"  {line}" for line in lines] or ["  none"]
+
+
+def _meeting_place(plan: LaunchPlan) -> str:
+    if not plan.master_port:
+        return f"a free port of {plan.master_address}"
+    return f"{plan.master_address}:{plan.master_port}{'' if plan.is_port_fixed else ' or a free port'}"

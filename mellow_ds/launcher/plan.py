@@ -8,6 +8,7 @@ from mellow_ds.launcher.environment import Travelling
 from mellow_ds.launcher.hostfile import Host
 
 DEFAULT_PORT = 29500  # torch's and DeepSpeed's own
+ANY_PORT = 0  # one that is free on the first host
 LOCAL_NAMES = ("localhost", "127.0.0.1")
 
 

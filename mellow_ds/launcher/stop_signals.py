@@ -5,6 +5,7 @@ import os
 import selectors
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -56,10 +57,13 @@ class StopSignals:
 
     def wait(self, seconds: float) -> bool:
         """Sleep; True at once where a signal has asked, or asks meanwhile."""
+        until = time.monotonic() + seconds
         with selectors.DefaultSelector() as selector:
             selector.register(self, selectors.EVENT_READ)
-            if not self.asked and selector.select(max(seconds, 0)):
-                self.clear()
+            # any signal that Python handles wakes, that of a child which has ended too
+            while not self.asked and (left := until - time.monotonic()) > 0:
+                if selector.select(left):
+                    self.clear()
         return bool(self.asked)
 
     def _note(self, number: int, _frame: FrameType | None) -> None:

@@ -148,7 +148,7 @@ class Watch:
     def _start(self) -> None:
         plan = self._plan
         port = self._connections[0].port
-        if port != plan.master_port:
+        if plan.master_port and port != plan.master_port:
             self._output.note(f"port {plan.master_port} of {plan.master_address} is in use: the ranks meet at {port}")
         own = {"PYTHONUNBUFFERED": "1", **plan.travelling.allowed}
         named = {**plan.travelling.named, **plan.interfaces()}

@@ -252,7 +252,7 @@ while time.monotonic() < end:
     def fetch(file):
         size = len(file.read())
         while size < 100_000:
-            size += file.write(bytes([number]) * 25_000)
+            size += file.write(bytes([number]) * min(25_000, 100_000 - size))
             time.sleep(0.001)
     held.append((number, cache.open(CacheEntry("key", f"shard-{number:06d}.tar", 100_000), fetch)))
     if len(held) > 2:

@@ -136,6 +136,16 @@ def test_a_run_whose_batch_is_fixed_may_go_on_with_fewer_hosts(here: Path, capsy
         main(["--hostfile", str(here / "hosts"), "--min-hosts", "1", "--dry-run", "--", *script], "x")
 
 
+def test_runs_of_one_host_do_not_meet_at_the_same_port(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two that start together would find the usual one free, and take it seconds later."""
+    assert main(["--num-per-host", "2", "--dry-run", "--", "train.py"], "x") == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("; they meet at a free port of 127.0.0.1")
+    assert main(["--num-per-host", "2", "--master-port", "29600", "--dry-run", "--", "train.py"], "x") == 0
+    assert capsys.readouterr().out.splitlines()[0].endswith("; they meet at 127.0.0.1:29600")
+    with pytest.raises(ConfigError, match="--master-port is 0"):
+        main(["--num-per-host", "2", "--master-port", "0", "--dry-run", "--", "train.py"], "x")
+
+
 def test_one_host_by_two_names_is_refused(here: Path) -> None:
     (here / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
     with pytest.raises(ConfigError, match="are one and the same"):
