@@ -136,7 +136,8 @@ def test_a_run_whose_batch_is_fixed_may_go_on_with_fewer_hosts(here: Path, capsy
         main(["--hostfile", str(here / "hosts"), "--min-hosts", "1", "--dry-run", "--", *script], "x")
 
 
-def test_runs_of_one_host_do_not_meet_at_the_same_port(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.usefixtures("here")
+def test_runs_of_one_host_do_not_meet_at_the_same_port(capsys: pytest.CaptureFixture[str]) -> None:
     """Two that start together would find the usual one free, and take it seconds later."""
     assert main(["--num-per-host", "2", "--dry-run", "--", "train.py"], "x") == 0
     assert capsys.readouterr().out.splitlines()[0].endswith("; they meet at a free port of 127.0.0.1")
