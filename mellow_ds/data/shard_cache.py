@@ -145,8 +145,7 @@ class ShardCache:
         except FileNotFoundError:  # the folder was empty and is gone again
             return None
         try:
-            _lock_part(descriptor, part)
-            if not _is_at(descriptor, part):  # published or removed while we waited
+            if not _lock_part(descriptor, part):
                 os.close(descriptor)
                 return None
             if path.exists():
@@ -274,15 +273,20 @@ def _is_at(descriptor: int, path: Path) -> bool:
         return False
 
 
-def _lock_part(descriptor: int, part: Path) -> None:
-    """Wait until the part is ours. Its other downloader may die, or stand still for good without dying."""
+def _lock_part(descriptor: int, part: Path) -> bool:
+    """Wait until the part is ours; false where it was published or removed meanwhile.
+
+    Its other downloader may die, or stand still for good without dying, or publish it and hold it from then on as
+    who reads it does: so whether it is a part still is looked at while it is locked, too.
+    """
     size, changed, pause = -1, time.monotonic(), _POLL_SECONDS
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
+            return _is_at(descriptor, part)
         except BlockingIOError:
-            pass
+            if not _is_at(descriptor, part):
+                return False
         found = os.fstat(descriptor).st_size
         if found != size:
             size, changed = found, time.monotonic()

@@ -179,6 +179,32 @@ def test_threads_share_a_download(tmp_path: Path) -> None:
     assert not any(thread.is_alive() for thread in threads)
 
 
+def test_who_waits_reads_what_another_has_brought_and_still_reads(tmp_path: Path) -> None:
+    """The other keeps its lock, as a loader process does that reads one shard after another."""
+    cache, found, are_waiting = ShardCache(tmp_path), [], threading.Event()
+
+    def slowly(file: BinaryIO) -> None:
+        assert are_waiting.wait(5)
+        time.sleep(0.2)  # the second has opened the part by then
+        filler()(file)
+
+    def wait() -> None:
+        while not names(cache):
+            time.sleep(0.001)
+        are_waiting.set()
+        found.append(cache.open(entry(0), never))
+
+    (tmp_path / "key").mkdir()
+    second = threading.Thread(target=wait, daemon=True)
+    second.start()
+    first = cache.open(entry(0), slowly)
+    second.join(timeout=5)
+    assert found, "it waits for a lock that the first holds for as long as it reads"
+    assert os.pread(found[0], 200 * KB, 0) == b"x" * 100 * KB
+    for descriptor in (first, *found):
+        os.close(descriptor)
+
+
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MELLOW_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
