@@ -61,10 +61,10 @@ class Progress:
     def fail(self, why: str) -> NoReturn:
         """End this rank, saying who is behind."""
         self._is_closed.set()
-        behind = self._behind()
+        at, behind = self._standing()
         self._say_last()
         what = f"{behind} ({why})" if behind else why
-        print(f"verdict: FAILED at {self._what}: {what}", flush=True)
+        print(f"verdict: FAILED at {at}: {what}", flush=True)
         who = f"rank {self._world.rank} ({socket.gethostname()})"
         print(f"error: {who}, at {self._what}: {what}", file=sys.stderr, flush=True)
         os._exit(EXIT_FAULT)
@@ -74,18 +74,29 @@ class Progress:
             if time.monotonic() - self._since > self._timeout:
                 self.fail(f"the other ranks did not come within {self._timeout:.0f} s")
 
-    def _behind(self) -> str:
-        """The ranks that have not come as far as this one, in words."""
-        if self._store is None:
-            return ""
-        found = []
-        for rank in range(self._world.size):
-            key = f"mellow/{rank}"
-            with contextlib.suppress(RuntimeError):  # rank 0, whose store it is, may be gone
-                if not self._store.check([key]):
-                    found.append(f"rank {rank} has not begun")
-                    continue
-                number, _, what = self._store.get(key).decode().partition(" ")
-                if int(number) < self._number:
-                    found.append(f"rank {rank} is still at {what}")
-        return ", ".join(found)
+    def _standing(self) -> tuple[str, str]:
+        """What the foremost rank is at, and in words the ranks that have not come as far.
+
+        The same from whichever rank it is asked: one that stands still outside a collective notices as well that time
+        is up, and may be the first to say so.
+        """
+        places = {self._world.rank: (self._number, self._what)}
+        if self._store is not None:
+            for rank in range(self._world.size):
+                with contextlib.suppress(RuntimeError):  # rank 0, whose store it is, may be gone
+                    places[rank] = self._place_of(self._store, rank)
+        foremost, at = max(places.values())
+        behind = [
+            f"rank {rank} is still at {what}" if number else f"rank {rank} has not begun"
+            for rank, (number, what) in sorted(places.items())
+            if number < foremost
+        ]
+        return at, ", ".join(behind)
+
+    @staticmethod
+    def _place_of(store: dist.TCPStore, rank: int) -> tuple[int, str]:
+        key = f"mellow/{rank}"
+        if not store.check([key]):
+            return 0, ""
+        number, _, what = store.get(key).decode().partition(" ")
+        return int(number), what
