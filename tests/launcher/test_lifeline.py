@@ -1,10 +1,12 @@
 """A rank's hold on what started it: which processes it watches, and its end when one of them is gone."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -33,18 +35,28 @@ sys.exit(85)
 """
 
 
-def chain(tmp_path: Path, *names: str, words: str = "", before: str = "") -> "subprocess.Popen[str]":
-    """A rank below processes that are called `names`, the highest first; its code goes into a file."""
+@contextlib.contextmanager
+def chain(tmp_path: Path, *names: str, words: str = "", before: str = "") -> Iterator[Callable[[], str]]:
+    """A rank below processes that are called `names`, the highest first; its code goes into a file.
+
+    Gives what reads the next line of the rank; none of the processes outlives the block.
+    """
     (tmp_path / "rank.py").write_text(RANK)
     command = f"{before} {sys.executable} {tmp_path}/rank.py {words}; echo $? > {tmp_path}/code"
     for number, name in enumerate(reversed(names)):
         script = tmp_path / f"level-{number}"
         script.write_text(command + "\n")
         command = f"(exec -a '{name}' bash {script}); true"
-    return subprocess.Popen(
+    process = subprocess.Popen(
         ["bash", "-c", command], env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE, text=True,
         start_new_session=True,
     )  # fmt: skip
+    assert process.stdout is not None
+    try:
+        yield lambda: process.stdout.readline().strip()
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 @pytest.mark.parametrize(
@@ -58,11 +70,8 @@ def chain(tmp_path: Path, *names: str, words: str = "", before: str = "") -> "su
     ],
 )
 def test_what_it_holds_on_to(tmp_path: Path, names: list[str], before: str, held: str) -> None:
-    process = chain(tmp_path, *names, before=before)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == held
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with chain(tmp_path, *names, before=before) as next_line:
+        assert next_line() == held
 
 
 @pytest.mark.parametrize(
@@ -70,19 +79,16 @@ def test_what_it_holds_on_to(tmp_path: Path, names: list[str], before: str, held
     [("", "85"), ("stuck", "1"), ("stopping", "1")],  # asked to stop; ended; not asked a second time, and ended
 )
 def test_it_ends_when_the_connection_is_gone(tmp_path: Path, words: str, code: str) -> None:
-    process = chain(tmp_path, "sshd: me@notty", "bash", words=words)
-    assert process.stdout is not None
-    assert process.stdout.readline().strip() == "its launcher, the ssh connection"
-    assert process.stdout.readline().strip() == "at work"
-    session = next(one for one in ancestors_of_rank(tmp_path) if "@notty" in words_of(one.pid))
-    os.kill(session.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "code").exists() or not (tmp_path / "code").read_text():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    assert (tmp_path / "code").read_text().strip() == code
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with chain(tmp_path, "sshd: me@notty", "bash", words=words) as next_line:
+        assert next_line() == "its launcher, the ssh connection"
+        assert next_line() == "at work"
+        session = next(one for one in ancestors_of_rank(tmp_path) if "@notty" in words_of(one.pid))
+        os.kill(session.pid, signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while not (tmp_path / "code").exists() or not (tmp_path / "code").read_text():
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert (tmp_path / "code").read_text().strip() == code
 
 
 def test_ancestors_are_those_above() -> None:
