@@ -2,17 +2,13 @@
 
 import atexit
 import contextlib
-import ctypes
 import os
 import signal
-import sys
 import time
 from collections.abc import Iterator
 from types import FrameType
 
 from mellow_ds.errors import EXIT_INTERRUPTED, EXIT_STOPPED
-
-_PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 class StopRequest:
@@ -95,9 +91,3 @@ class TimeBudget:
             return False
         left = self._seconds - (time.monotonic() - self._started)
         return left < self._MARGIN * (self._longest_step + self._longest_save)
-
-
-def end_with_parent() -> None:
-    """Have the kernel send SIGTERM to this process when its launcher dies: a rank never outlives it (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from mellow_ds.config.schema import RunConfig
-from mellow_ds.errors import EXIT_USER, MellowError
+from mellow_ds.errors import EXIT_DONE, FaultError, MellowError
 from mellow_ds.monitor.heartbeat import HEARTBEATS_NAME, Heartbeat, make_heartbeats
 from mellow_ds.monitor.run_lock import RunLock
 from mellow_ds.monitor.watchdog import open_heartbeat
@@ -20,27 +20,31 @@ from mellow_ds.world import World
 def held_run_folder(config: RunConfig, world: World, device: torch.device) -> Iterator[Heartbeat]:
     """Hold the run folder of a training, and give this rank's heartbeat (a collective call).
 
-    Rank 0 raises `ConfigError` where another run is in the folder; the other ranks then end without a word. An
-    evaluation reads what a run has saved, and may do so while that goes on: its heartbeats have a folder of their own.
+    Rank 0 raises `ConfigError` where another run is in the folder, and `FaultError` where it cannot be made; the other
+    ranks then end with its code and without a word. An evaluation reads what a run has saved, and may do so while that
+    goes on: its heartbeats have a folder of their own.
     """
     folder = Path(config.save_dir)
     trains = config.mode == "train"
     about = folder if trains else folder / "evaluation" / Path(config.resume_checkpoint).name
     heartbeats = about / HEARTBEATS_NAME
     lock: RunLock | None = None
-    refused: MellowError | OSError | None = None
+    refused: MellowError | None = None
     if world.is_main:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             lock = RunLock.take(folder, world.launch_id) if trains else None
             make_heartbeats(heartbeats)
-        except (MellowError, OSError) as error:
+        except MellowError as error:
             refused = error
-    is_ours = torch.tensor(refused is None, device=device)
-    dist.broadcast(is_ours, src=0)
+        except OSError as error:
+            refused = FaultError(f"save_dir {folder} cannot be used ({error.strerror}): choose another one")
+    code = torch.tensor(EXIT_DONE if refused is None else refused.exit_code, device=device)
+    dist.broadcast(code, src=0)
     if refused is not None:
         raise refused
-    if not is_ours:
-        sys.exit(EXIT_USER)
+    if code != EXIT_DONE:
+        sys.exit(int(code))
     try:
         with open_heartbeat(heartbeats, world, config.train.hang_seconds) as heartbeat:
             yield heartbeat

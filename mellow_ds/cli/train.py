@@ -1,5 +1,6 @@
 """`train.py` and `mellow-ds train`: check what was given, then build the parts of a run and let the trainer run."""
 
+import contextlib
 import logging
 import os
 import sys
@@ -13,11 +14,11 @@ from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.shard_cache import ShardCache
 from mellow_ds.data.shard_source import open_source
 from mellow_ds.ds_config import read_engine_json, zero_stage
-from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, FaultError, MellowError
+from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
 from mellow_ds.launcher.lifeline import hold_on
 from mellow_ds.log import setup_logging
 from mellow_ds.monitor.heartbeat import one_line
-from mellow_ds.stopping import StopRequest, end_with_parent
+from mellow_ds.stopping import StopRequest
 from mellow_ds.world import World
 
 _log = logging.getLogger("mellow_ds.cli")
@@ -143,15 +144,14 @@ def run(config: RunConfig, world: World) -> int:
     """Join the other ranks and do what `config.mode` says."""
     stop = StopRequest()
     if world.launcher != "none":
-        end_with_parent()
         hold_on(lambda: stop.exit_code)
     folder = Path(config.save_dir)
+    log_file = None
     if world.is_main:
-        try:
+        with contextlib.suppress(OSError):  # `held_run_folder` says so, to all ranks, once they have met
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise FaultError(f"save_dir {folder} cannot be made ({error.strerror})") from None
-    setup_logging(world, folder / "log.txt" if world.is_main else None)
+            log_file = folder / "log.txt"
+    setup_logging(world, log_file)
     if needs_packing(config):
         config = with_packed_shards(config, world)
     stop.listen(interrupt=False)  # from here on a signal is heard before the first step; Ctrl-C ends the start at once

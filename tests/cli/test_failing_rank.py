@@ -207,3 +207,13 @@ def loader_process(rank: Running) -> psutil.Process:
     (server,) = [p for p in psutil.Process(rank.pid).children() if "forkserver" in " ".join(p.cmdline())]
     (loader,) = server.children()
     return loader
+
+
+def test_a_run_folder_that_only_rank_0_finds_impossible_ends_all_ranks(shards: Path, tmp_path: Path) -> None:
+    """As bare processes: rank 1 would wait for rank 0, for as long as a collective may take, and nobody ends it."""
+    run = tmp_path / ("x" * 300)  # nothing is wrong with the folder above it
+    began = time.monotonic()
+    first, second = forked("train.py", *training(shards / "train", run), num_ranks=2)
+    assert time.monotonic() - began < SECONDS_TO_END
+    assert (first.returncode, second.returncode) == (1, 1), first.stderr[-2000:]
+    assert last_line(first.stderr).startswith(f"error: rank 0: save_dir {run} cannot be used (File name too long)")

@@ -9,14 +9,13 @@ import sys
 import time
 
 from mellow_ds.launcher.lifeline import hold_on
-from mellow_ds.stopping import StopRequest, end_with_parent
+from mellow_ds.stopping import StopRequest
 
 
 def main() -> int:
     """Be a rank: a step every half second, and after a signal a moment for the save."""
     stop = StopRequest()
     stop.listen()
-    end_with_parent()
     hold_on(lambda: stop.exit_code)
     if "--stuck" in sys.argv:  # as a rank is in a collective
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
