@@ -10,6 +10,8 @@ import pytest
 from tests.cli.runs import ROOT, environment
 from tests.cluster.hosts import Hosts, hosts_up, why_not
 from tests.cluster.runs import START_SECONDS, losses, training
+from tests.cluster.slurm import Slurm, slurm_up
+from tests.cluster.slurm import why_not as why_no_slurm
 
 
 @pytest.fixture
@@ -22,6 +24,16 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
     folder.mkdir()
     with hosts_up(folder) as hosts:
         yield hosts
+
+
+@pytest.fixture(scope="module")
+def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
+    """The cluster; skips where there can be none."""
+    reason = why_no_slurm()
+    if reason:
+        pytest.skip(reason)
+    with slurm_up(tmp_path_factory.mktemp("slurm")) as slurm:
+        yield slurm
 
 
 @pytest.fixture(scope="session")

@@ -140,6 +140,13 @@ class Hosts:
         others = [line for line in known.read_text().splitlines() if not line.startswith(f"{host} ")]
         known.write_text("\n".join([*others, f"{host} {key.with_suffix('.pub').read_text().strip()}"]) + "\n")
 
+    def let_ssh_reach_nodes(self) -> None:
+        """Make the configuration that of each host's /etc/ssh, so that `ssh node1` does with no option."""
+        for host in (FRONT, *NODES):
+            folder = Path("/etc/netns") / self._namespace(host) / "ssh"
+            folder.mkdir(exist_ok=True)
+            shutil.copy(self.ssh_config, folder / "ssh_config")
+
     def new_key(self, name: str) -> Path:
         """A key pair of its own."""
         path = self.folder / name

@@ -18,7 +18,7 @@ from tests.cli.noting import read_notes
 from tests.cli.runs import ROOT, forked
 from tests.cluster.hosts import NODES
 from tests.cluster.runs import losses, processes, train_arguments, wrote_steps
-from tests.cluster.slurm import Job, Slurm, slurm_up, why_not
+from tests.cluster.slurm import Job, Slurm
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SCRIPTS = "launch/slurm"
@@ -26,16 +26,6 @@ STEPS = 40
 AGAIN = "is queued again and goes on from the newest checkpoint"
 START_SECONDS = 150  # until ranks that import torch are at work, beside other jobs and tests
 SOON_SECONDS = 40  # for what SLURM does by itself: it looks at time limits every 30 s
-
-
-@pytest.fixture(scope="module")
-def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Slurm]:
-    """The cluster; skips where there can be none."""
-    reason = why_not()
-    if reason:
-        pytest.skip(reason)
-    with slurm_up(tmp_path_factory.mktemp("slurm")) as slurm:
-        yield slurm
 
 
 @pytest.fixture(autouse=True)
@@ -203,38 +193,6 @@ def test_jobs_that_are_stopped_end_as_if_nothing_had_been(stopped: Stopped, undi
     # each rank has noted every step once, in order, with the very examples
     notes = [read_notes(stopped.by_srun.parent / f"notes-{rank}", 0) for rank in range(2)]
     assert notes == undisturbed.notes
-
-
-def test_evaluation_a_first_look_and_shards_as_jobs(
-    slurm: Slurm, stopped: Stopped, corpus: Path, tmp_path: Path
-) -> None:
-    step = stopped.by_srun / "checkpoints" / f"step-{STEPS:06d}"
-    evaluated = submit(
-        slurm, "evaluate.sbatch", *train_arguments(corpus, tmp_path / "run"), "--checkpoint_path", step,
-        "--data.eval_shards", corpus, "--evaluation.max_examples", 4,
-    )  # fmt: skip
-    looked = submit(slurm, "debug.sbatch", "--num-per-host", 2, options=("--cpus-per-task=2",))
-    records = ["--json", corpus.parent / "corpus/train.json", "--audio-root", corpus.parent / "corpus"]
-    # elements of one array have numbers of their own; the array has that of its last one
-    built = submit(
-        slurm, "build_shards.sbatch", *records, "--out", tmp_path / "parts", options=("--nodes=1", "--array=0-1")
-    )
-    assert evaluated.end(START_SECONDS) == ("COMPLETED", 0), evaluated.said()[-3000:]
-    assert (tmp_path / "run" / "evaluation" / step.name / "results.json").is_file()
-    assert looked.end(START_SECONDS) == ("COMPLETED", 0), looked.said()[-3000:]
-    assert "0-1: node1 | 2-3: node2" in looked.said()
-    built.wait_for(lambda: not slurm.run("squeue", "-h", "-j", built.number).stdout.strip(), START_SECONDS)
-    merge = slurm.run(
-        sys.executable,
-        "-m",
-        "shards",
-        "merge",
-        *sorted((tmp_path / "parts").glob("part-*")),
-        "--out",
-        tmp_path / "whole",
-    )
-    assert merge.returncode == 0, merge.stderr
-    assert len(list((tmp_path / "parts").glob("part-*"))) == 2
 
 
 STAND_IN = """

@@ -23,27 +23,27 @@ PROGRAMS = ("mellow-ds", "mellow-shards", "python", "deepspeed", "torchrun", "sr
 
 # files of the reader, and what stands in for them here
 READERS_CONFIGS = {"config/train_4gpu_example.yaml": "mellow-4gpu", "my.yaml": "mellow"}
-# what cannot be run here, by how it begins, and why; all of it is parsed as far as it is ours
+# what is not run by the tests of this room, by how it begins, and why; all of it is parsed as far as it is ours. The
+# pages on launching are walked on real hosts, line by line, in tests/cluster/test_pages.py.
 NOT_RUN = {
-    "srun": "needs a SLURM cluster",
-    "sbatch": "needs a SLURM cluster",
-    "deepspeed --hostfile hosts train.py": "needs several hosts that ssh reaches",
-    "deepspeed": "runs in tests/cli with a tiny model; as written it needs GPUs or takes hours",
-    "torchrun": "runs in tests/cli with a tiny model; as written it needs GPUs or takes hours",
+    "srun": "typed on the hosts of tests/cluster",
+    "sbatch": "the same",
+    "deepspeed": "the same; on one host in tests/cli",
+    "torchrun": "the same",
     "python train.py": "runs in tests/cli with a tiny model; as written it needs weights from a hub, or takes hours",
     "python benchmarks/": "runs in tests/benchmarks with minute networks; as written it takes minutes",
     "mellow-shards": "runs in tests/shards; as written it needs the reader's audio",
     "mellow-ds": "runs in tests/cli; as written it needs a run or a checkpoint of the reader",
     "bash launch/quickstart.sh": "takes 8 minutes; its record is in docs/results.md",
-    "bash launch/test_distributed.sh": "runs in tests/cluster",
-    "python launch/check_env.py": "runs in tests/preflight",
-    "bash launch/ssh/": "runs in tests/cluster with a tiny model; as written it needs GPUs or hosts, so here --dry-run",
+    "bash launch/test_distributed.sh": "typed on the hosts of tests/cluster",
+    "python launch/check_env.py": "the same",
+    "bash launch/ssh/": "the same; here --dry-run",
     "bash launch/deepspeed/": "the same",
-    "bash launch/slurm/": "the same, on the SLURM cluster of tests/cluster",
-    "python launch/verify_slurm_setup.py": "needs a SLURM cluster; runs on that of tests/cluster",
-    "bash launch/setup_env.sh": "runs in tests/launch",
-    "tail": "reads the log of a job",
-    "scancel": "needs a SLURM cluster; what follows is shown in tests/cluster",
+    "bash launch/slurm/": "the same",
+    "python launch/verify_slurm_setup.py": "the same",
+    "bash launch/setup_env.sh": "the same; runs in tests/launch",
+    "tail": "reads the log of a job; typed in tests/cluster",
+    "scancel": "the same",
     "scontrol": "the same",
     "NODE_RANK=": "the same",
     "RANK=": "the same",
