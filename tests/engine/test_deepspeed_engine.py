@@ -116,3 +116,4 @@ def test_every_shipped_engine_file_trains(tmp_path: Path) -> None:
     folder = Path(__file__).resolve().parent.parent.parent / "ds_configs"
     trained = run_ranks(2, check_every_file, folder, tmp_path)[0]
     assert {"zero0", "zero1", "zero2", "zero2_offload", "zero3", "zero3_offload", "bf16"} <= set(trained)
+    assert is_compiled("async_io") == ("zero3_nvme" in trained)
