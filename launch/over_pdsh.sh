@@ -4,11 +4,12 @@
 #   name_pdsh_hosts     from PLAN_HOSTS; sets how pdsh calls ssh
 #   reach_pdsh_hosts    refuses where pdsh is missing or a host cannot be reached
 #   tie_pdsh            puts a pdsh and an ssh first on the PATH that end with who started them, so that no connection
-#                       outlives the run; the exit code of pdsh goes into a file, since not every launcher heeds it
+#                       outlives the run; the exit code of pdsh goes into a file, since not every launcher heeds it, and
+#                       a connection that breaks is told to run_watched, since pdsh goes on waiting for the other hosts
 #   on_hosts COMMAND    runs it on every host, %n being the place of the host
 #   doubt_pdsh          compares CODE with that file
 
-PDSH_SSH_OPTIONS="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=5 -o ServerAliveCountMax=3 -o LogLevel=ERROR"
+PDSH_SSH_OPTIONS="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=4 -o ServerAliveCountMax=3 -o LogLevel=ERROR"
 
 name_pdsh_hosts() {
     local IFS=,
@@ -30,25 +31,27 @@ reach_pdsh_hosts() {
 }
 
 tie_pdsh() {
-    local name
+    local name options
     MELLOW_TEMPORARY=$(mktemp -d)
     # shellcheck disable=SC2064
     trap "rm -rf $(quoted "$MELLOW_TEMPORARY")" EXIT
     mkdir "$MELLOW_TEMPORARY/bin"
     for name in pdsh ssh; do
+        options=(--code "$MELLOW_TEMPORARY/code")
+        if [[ $name == ssh ]]; then options=(--lost "$MELLOW_TEMPORARY/lost" "$$" "$PDSH_HOSTS"); fi
         {
             printf '#!/bin/sh\nexec '
-            quoted "$MELLOW_PYTHON" -I "$MELLOW_ROOT/launch/tied.py" | tr '\n' ' '
-            if [[ $name == pdsh ]]; then printf -- '--code %s ' "$(quoted "$MELLOW_TEMPORARY/code")"; fi
-            printf '%s "$@"\n' "$(quoted "$(command -v $name)")"
+            quoted "$MELLOW_PYTHON" -I "$MELLOW_ROOT/launch/tied.py" "${options[@]}" "$(command -v $name)" | tr '\n' ' '
+            printf '"$@"\n'
         } >"$MELLOW_TEMPORARY/bin/$name"
         chmod +x "$MELLOW_TEMPORARY/bin/$name"
     done
-    PDSH=$(command -v pdsh) # the real one, for on_hosts
+    PDSH=$(command -v pdsh) # the real ones, for on_hosts
+    REAL_PATH=$PATH
     PATH=$MELLOW_TEMPORARY/bin:$PATH
 }
 
-on_hosts() { "$PDSH" -S -f 1024 -w "$PDSH_HOSTS" "$1" </dev/null >/dev/null 2>&1; }
+on_hosts() { PATH=$REAL_PATH "$PDSH" -t "${CONNECT_SECONDS:-10}" -S -f 1024 -w "$PDSH_HOSTS" "$1" </dev/null >/dev/null 2>&1; }
 
 # pdsh that was killed makes DeepSpeed's runner say 0.
 doubt_pdsh() {

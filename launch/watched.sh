@@ -5,9 +5,11 @@
 #   run_watched FUNCTION COMMAND ...    FUNCTION SIGNAL has to send a signal to the ranks; sets CODE
 #
 # The command gets a process group of its own: Ctrl-C in a terminal goes to the script alone. A second signal ends the
-# ranks and the launcher at once. Where this script is killed, launch/tied.py ends the launcher.
+# ranks and the launcher at once. Where this script is killed, launch/tied.py ends the launcher. SIGUSR2 says that the host
+# in the file $MELLOW_TEMPORARY/lost is lost: the ranks of the others wait for it in a collective, and are ended.
 
 _signals=""
+_lost_host=""
 
 # Has no `return`: bash 5.2 takes it for one of the function that waits.
 _stop() { # SIGNAL NAME
@@ -23,6 +25,18 @@ _stop() { # SIGNAL NAME
     fi
 }
 
+_lose() {
+    if [[ -z "$_lost_host" ]]; then
+        _lost_host=$(head -n 1 "$MELLOW_TEMPORARY/lost")
+        printf 'error: host %s is lost: it is off, or its link is cut; the ranks on the others are ended\n' "$_lost_host" >&2
+        export CONNECT_SECONDS=4 # the lost host is tried as well
+        "$_send" TERM || true
+        sleep 1
+        "$_send" KILL || true
+        kill -KILL -- "-$_child" 2>/dev/null || true
+    fi
+}
+
 run_watched() {
     _send=$1
     shift
@@ -33,6 +47,7 @@ run_watched() {
     trap '_stop INT Ctrl-C' INT
     trap '_stop TERM SIGTERM' TERM HUP
     trap '_stop USR1 SIGUSR1' USR1
+    trap _lose USR2
     CODE=0
     while :; do
         wait "$_child" && CODE=0 || CODE=$?
@@ -42,6 +57,8 @@ run_watched() {
     wait "$_child" 2>/dev/null && CODE=0 || CODE=$?
     kill -KILL -- "-$_child" 2>/dev/null || true # what it left here
     trap - INT TERM HUP USR1
+    trap '' USR2
     # -N as launchers hand on the code of a rank that signal N ended
     if ((CODE > 192)); then CODE=$((384 - CODE)); fi
+    if [[ -n "$_lost_host" ]]; then CODE=1; fi
 }

@@ -46,7 +46,11 @@ tie_pdsh
 # torchrun of this run is known by its host's place and by where the ranks meet; it passes signals on to them
 torchrun="[m]ellow_ds.launcher.torchrun .*--node-rank=%n .*--master-addr=$PLAN_MASTER --master-port=$port "
 # shellcheck disable=SC2329  # called by run_watched
-signal_ranks() { on_hosts "pkill -$1 -f '$torchrun'"; }
+signal_ranks() {
+    local first=""
+    if [[ "$1" == KILL ]]; then first="pkill -KILL -P \"\$(pgrep -d, -f '$torchrun')\"; "; fi # or ranks would outlive it
+    on_hosts "${first}pkill -$1 -f '$torchrun'"
+}
 
 run_watched signal_ranks "${command[@]}"
 exit "$CODE"

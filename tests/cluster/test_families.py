@@ -91,6 +91,28 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
         assert_nothing_is_left(hosts, began)
 
 
+def test_a_cut_link_ends_all_that_can_be_reached(hosts: Hosts, clone: Path) -> None:
+    """Both scripts of pdsh, which by itself waits for the ranks of the other host, and these for the lost one."""
+    need("deepspeed/pdsh.sh")
+    with contextlib.ExitStack() as stack:
+        runs = [
+            stack.enter_context(
+                script(hosts, name, "--config", "quickstart", root=clone, port=free_port(), MELLOW_TEST_STUCK="1")
+            )
+            for name in ("deepspeed/pdsh.sh", "ssh/pdsh.sh")
+        ]
+        for run in runs:
+            run.wait_for("at work", 2)
+        began = time.monotonic()
+        hosts.cut("node2")
+        for run in runs:
+            assert run.end() == 1, run.said()[-3000:]
+            assert run.said().count("error: host node2 is lost: it is off, or its link is cut") == 1
+        wait_for(
+            lambda: not any(processes(hosts, host) for host in (FRONT, "node1")), SECONDS - (time.monotonic() - began)
+        )
+
+
 def test_training_ends_with_the_launcher_of_one_host(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
     """Its ranks ask for a stop, all agree on it and save."""
     need("deepspeed/pdsh.sh")
