@@ -3,9 +3,9 @@
     python -I launch/tied.py [--code FILE | --lost FILE PID HOSTS] COMMAND [ARGUMENT ...]
 
 `--code`: its exit code (128 and the signal where one ended it) is written into FILE. `--lost`: the command is an ssh to
-one of HOSTS, joined by commas; where its connection breaks, the host's name is written into FILE and PID gets SIGUSR2. In
-both the command is a child, tied in its turn; else this process becomes it. Standard library only; where there is no Linux
-nothing is tied.
+one of HOSTS, joined by commas; where its connection breaks, the host's name is written into FILE, and PID gets SIGUSR2.
+In both the command is a child, tied in its turn; else this process becomes it. Standard library only; where there is no
+Linux nothing is tied.
 """
 
 import ctypes
