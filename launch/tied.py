@@ -47,7 +47,7 @@ def main(words: list[str]) -> int:
             file.write_text(next((word for word in command if word in hosts), "?") + "\n", encoding="utf-8")
             os.kill(pid, signal.SIGUSR2)
         return code
-    os.execvp(words[0], words)
+    return os.execvp(words[0], words)
 
 
 if __name__ == "__main__":
