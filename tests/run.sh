@@ -10,7 +10,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 note() { printf '[tests] %s\n' "$*" >&2; }
 
-# What the tests of pdsh, ssh, network namespaces, SLURM, MPI and caption metrics need from the system; they skip, with a
+# What the tests of pdsh, ssh, network namespaces, SLURM, MPI, modules and caption metrics need from the system; they skip, with a
 # reason, where it is not there.
 missing_debian_packages() {
     command -v pdsh >/dev/null || echo pdsh
@@ -21,6 +21,7 @@ missing_debian_packages() {
     command -v munged >/dev/null || [ -x /usr/sbin/munged ] || echo munge
     command -v mpirun >/dev/null || echo openmpi-bin
     command -v mpiexec.hydra >/dev/null || echo mpich
+    [ -e /etc/profile.d/modules.sh ] || echo environment-modules
     command -v java >/dev/null || echo default-jre-headless
 }
 

@@ -285,12 +285,30 @@ def test_a_conda_environment_is_activated_by_name(clone: Path) -> None:
     assert done.stderr.splitlines()[-1] == "error: launch/env.sh: conda cannot activate MELLOW_CONDA=yours"
 
 
+def test_modules_are_loaded(clone: Path) -> None:
+    """By the real `module`, where there is one; a script that has `set -u` sources it."""
+    files = clone.parent / "modulefiles" / "cuda"
+    files.mkdir(parents=True)
+    (files / "12.8").write_text("#%Module1.0\nsetenv CUDA_HOME /opt/cuda-12.8\n")
+    variables = {"MELLOW_VENV": sys.prefix, "MODULEPATH": str(files.parent)}
+    done = sourced(clone, "CUDA_HOME", MELLOW_MODULES="cuda/12.8", **variables)
+    if not Path("/etc/profile.d/modules.sh").exists():
+        assert done.returncode == 2
+        assert done.stderr == "error: launch/env.sh: MELLOW_MODULES is set, and there is no `module` command here\n"
+        pytest.skip("environment-modules is not installed")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "/opt/cuda-12.8\n"
+    done = sourced(clone, MELLOW_MODULES="cuda/99", **variables)
+    assert done.returncode == 2
+    assert "cuda/99" in done.stderr  # module's own reason
+    assert done.stderr.splitlines()[-1] == "error: launch/env.sh: cannot load the modules cuda/99"
+
+
 @pytest.mark.parametrize(
     ("variables", "message"),
     [
         ({"MELLOW_VENV": "/nowhere"}, "MELLOW_VENV is /nowhere, and /nowhere/bin/python is not there"),
         ({"MELLOW_VENV": "/a", "MELLOW_CONDA": "b"}, "MELLOW_VENV and MELLOW_CONDA are both set: keep one"),
-        ({"MELLOW_MODULES": "cuda"}, "MELLOW_MODULES is set, and there is no `module` command here"),
     ],
 )
 def test_an_environment_that_cannot_be_is_one_line(clone: Path, variables: dict[str, str], message: str) -> None:
