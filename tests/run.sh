@@ -10,8 +10,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 note() { printf '[tests] %s\n' "$*" >&2; }
 
-# What the tests of pdsh, ssh, network namespaces, SLURM, MPI, modules and caption metrics need from the system; they skip, with a
-# reason, where it is not there.
+# What the tests of pdsh, ssh, network namespaces, SLURM, MPI, environment modules and caption metrics need from the
+# system; they skip, with a reason, where it is not there.
 missing_debian_packages() {
     command -v pdsh >/dev/null || echo pdsh
     command -v sshd >/dev/null || [ -x /usr/sbin/sshd ] || echo openssh-server
