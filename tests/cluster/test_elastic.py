@@ -49,10 +49,10 @@ def examples_of_steps(run: Path) -> dict[int, list[str]]:
 
 def test_a_run_goes_on_as_if_no_host_had_been_lost(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
     """On two hosts, on the one that is left, and on both again."""
-    run, whole = tmp_path / "run", tmp_path / "whole"
+    run, whole, gate = tmp_path / "run", tmp_path / "whole", tmp_path / "gate"
     options = ["--interface", INTERFACE, "--min-hosts", 1]
     with (
-        launch(hosts, *options, "--", NOTING, *noting(corpus, run)) as launched,
+        launch(hosts, *options, "--", NOTING, *noting(corpus, run), f"--gate=60:{gate}") as launched,
         started("noting.py", *noting(corpus, whole)) as (alone,),
     ):
 
@@ -66,6 +66,7 @@ def test_a_run_goes_on_as_if_no_host_had_been_lost(hosts: Hosts, corpus: Path, t
         wait_for_steps(50)
         # lost and found: its agent is killed, its rank is swept, and it answers again
         os.kill(sorted(processes(hosts, "node2", "launcher.agent"))[-1], signal.SIGKILL)
+        gate.touch()
         assert launched.end(START_SECONDS) == 0, launched.said()[-3000:]
         undisturbed = alone.end(time.monotonic() + START_SECONDS)
     assert_nothing_is_left(hosts, time.monotonic())
