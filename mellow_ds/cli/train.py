@@ -159,13 +159,14 @@ def run(config: RunConfig, world: World) -> int:
     from mellow_ds.cli.evaluation import evaluate_checkpoint
     from mellow_ds.cli.run_folder import held_run_folder
     from mellow_ds.cli.training import train
+    from mellow_ds.engine.memory import naming_memory
     from mellow_ds.engine.process_group import start_process_group, stop_process_group
     from mellow_ds.monitor.watchdog import group_timeout_seconds
 
     device = start_process_group(world, config.distributed_backend, group_timeout_seconds(config.train.hang_seconds))
     is_well = False
     try:
-        with held_run_folder(config, world, device) as heartbeat, heartbeat.hearing_failures():
+        with held_run_folder(config, world, device) as heartbeat, heartbeat.hearing_failures(), naming_memory():
             if config.mode == "evaluate_checkpoint":
                 evaluate_checkpoint(config, world, device, heartbeat)
                 exit_code = EXIT_DONE

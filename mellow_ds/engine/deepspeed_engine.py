@@ -24,7 +24,7 @@ from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.ds_config import StepShape, offloads_optimizer, resolve_engine_json, zero_stage
 from mellow_ds.engine.fragments import Fragments
 from mellow_ds.engine.frozen import HALF_TYPES, hidden, place, whole_parts
-from mellow_ds.engine.ops import check_nvme
+from mellow_ds.engine.ops import check_nvme, is_compiled, ops_needed
 from mellow_ds.engine.optimizer import ADAM_MOMENTS, gradient_norm, parameter_groups, torch_optimizer
 from mellow_ds.engine.owner import Keeper, kept_by, shape_of
 from mellow_ds.engine.protocol import ParameterState
@@ -358,6 +358,9 @@ def _build_optimizer(
     if not torch.cuda.is_available():
         # compiling DeepSpeed's CPU ops takes minutes, and torch's fused form is as fast (FACTS: 184 s for FusedAdam)
         return torch_optimizer(groups, config)
+    for op in ops_needed(engine_json, config.optimizer_type, has_gpu=True):
+        if not is_compiled(op):
+            _log.info("DeepSpeed compiles %s now, which takes minutes, once in this environment", op)
     try:
         return _build_deepspeed_optimizer(groups, engine_json, config)
     except Exception as error:  # a compiler or CUDA toolkit that is missing raises one of many kinds

@@ -6,7 +6,7 @@ import os
 import torch
 import torch.distributed as dist
 
-from mellow_ds.errors import ConfigError
+from mellow_ds.errors import ConfigError, FaultError
 from mellow_ds.world import World
 
 TIMEOUT_SECONDS = 600.0  # a rank that waits longer for the others is told so
@@ -16,7 +16,7 @@ def start_process_group(world: World, backend: str = "", timeout_seconds: float 
     """Join the run's process group and return this rank's device.
 
     `timeout_seconds`: of the meeting and of each collective. What names the rank that is behind, the watchdog of
-    `mellow_ds.monitor`, has to speak before.
+    `mellow_ds.monitor`, has to speak before. Raises `FaultError` where the ranks do not come together.
     """
     timeout = datetime.timedelta(seconds=timeout_seconds)
     use_gpu = torch.cuda.is_available() and backend != "gloo"
@@ -41,7 +41,16 @@ def start_process_group(world: World, backend: str = "", timeout_seconds: float 
         LOCAL_RANK=str(device.index if use_gpu else world.local_rank),  # DeepSpeed takes it for the number of the GPU
         MASTER_ADDR=address, MASTER_PORT=str(port),
     )  # fmt: skip
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    try:
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=timeout)
+    except RuntimeError as error:  # of the store where they meet, or of gloo
+        variable = f"{backend.upper()}_SOCKET_IFNAME"
+        reason, interface = str(error).partition("\n")[0], os.environ.get(variable)
+        raise FaultError(
+            f"the ranks cannot connect, meeting at {address}:{port} and with {variable} "
+            f"{interface or 'not set'} ({reason}): name the network that the hosts share, by MELLOW_INTERFACE in "
+            "launch/env.local.sh or --interface; mellow-ds doctor --hostfile FILE shows which it is"
+        ) from error
     return device
 
 

@@ -79,8 +79,20 @@ def format_results(results: Mapping[str, Any]) -> str:
     overall_silenced = None if silenced is None else silenced["overall"]
     rows.append(_row("all", results["overall"], overall_silenced, silenced is not None))
     text = _align(rows)
+    remarks = [] if silenced is None else _remarks(results["overall"], silenced["overall"])
     captions = results.get("captions") or {}
-    return "\n".join([text, *(_format_captions(subtype, metrics) for subtype, metrics in captions.items())])
+    return "\n".join([text, *remarks, *(_format_captions(subtype, metrics) for subtype, metrics in captions.items())])
+
+
+def _remarks(heard: Mapping[str, Any], silenced: Mapping[str, Any]) -> list[str]:
+    """What the accuracy of all without audio means, where it is within the interval of that with audio, or above."""
+    low, high = heard["interval_95"]
+    if not heard["n"] or not silenced["n"] or silenced["accuracy"] < low:
+        return []
+    return [
+        f"accuracy with silence ({_percent(silenced['accuracy'])}) is as high as with audio "
+        f"({_percent(heard['accuracy'])}, {_percent(low)} .. {_percent(high)}): answers do not depend on what is heard"
+    ]
 
 
 def _row(name: str, entry: Mapping[str, Any], silenced: Mapping[str, Any] | None, with_silenced: bool) -> list[str]:

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, ConfigError, run_command
+from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, ConfigError, MellowError, run_command
 from mellow_ds.preflight.network import address_towards, interfaces, is_loopback, name_address
 from mellow_ds.world import World
 
@@ -90,7 +90,7 @@ def _run(options: argparse.Namespace, world: World) -> int:
             code = _check(options, world, device, progress, log)
             progress.at("the end")
             stop_process_group()
-        except (RuntimeError, OSError) as error:  # of torch.distributed, all of them
+        except (RuntimeError, OSError, MellowError) as error:  # of torch.distributed, all of them
             progress.fail(_loopback_hint(world) or str(error).strip().splitlines()[0])
         progress.close()
         return code

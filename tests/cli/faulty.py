@@ -34,6 +34,16 @@ def in_forward() -> None:
     fail_at(3, MellowForConditionalGeneration, "forward")
 
 
+def of_memory() -> None:
+    """As the allocator of a GPU says it."""
+    import torch
+
+    from mellow_ds.model.modeling import MellowForConditionalGeneration
+
+    words = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.11 GiB of which"
+    fail_at(3, MellowForConditionalGeneration, "forward", torch.OutOfMemoryError(words))
+
+
 def in_optimizer() -> None:
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -61,10 +71,11 @@ def and_stay() -> None:
 
 FAULTS: dict[str, Callable[[], None]] = {
     "data": in_data, "forward": in_forward, "optimizer": in_optimizer, "save": in_save, "stay": and_stay,
+    "memory": of_memory,
 }  # fmt: skip
 
 
-def fail_at(call: int, owner: type, name: str) -> None:
+def fail_at(call: int, owner: type, name: str, error: Exception | None = None) -> None:
     """Let the given call, from 1, of a method raise."""
     whole = getattr(owner, name)
     calls: list[int] = []
@@ -72,7 +83,7 @@ def fail_at(call: int, owner: type, name: str) -> None:
     def failing(*args: Any, **kwargs: Any) -> Any:
         calls.append(1)
         if len(calls) == call:
-            raise ValueError(MESSAGE)
+            raise error or ValueError(MESSAGE)
         return whole(*args, **kwargs)
 
     setattr(owner, name, failing)

@@ -124,6 +124,16 @@ def test_bare_processes_end_one_another_in_the_words_of_the_first(place: str, sh
     assert not list(tmp_path.glob("checkpoints/step-*"))
 
 
+def test_a_gpu_without_memory_is_one_line_with_what_to_do(shards: Path, tmp_path: Path) -> None:
+    """The error is the one that torch raises; there is no GPU here to fill."""
+    ranks = forked("faulty.py", "--fault=memory", *training(shards / "train", tmp_path), num_ranks=2, seconds=120)
+    assert [rank.returncode for rank in ranks] == [1, 1], [rank.stderr[-2000:] for rank in ranks]
+    said = f"{quoted('the GPU has no memory left')} (CUDA out of memory. Tried to allocate 2.00 GiB): take a smaller "
+    assert last_line(ranks[1].stderr).startswith(f"error: rank 1: {said}")
+    assert said in last_line(ranks[0].stderr)
+    assert "Traceback" not in ranks[0].stderr + ranks[1].stderr
+
+
 def test_a_failed_rank_that_cannot_end_is_ended_with_the_others(shards: Path, tmp_path: Path) -> None:
     """Its connections stay open: without a heartbeat rank 0 waits in a collective until its time-out."""
     with started("faulty.py", "--fault=stay", *training(shards / "train", tmp_path), num_ranks=2) as ranks:

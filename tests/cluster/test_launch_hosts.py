@@ -220,3 +220,12 @@ def test_what_a_rank_gets(hosts: Hosts) -> None:
         assert f"[{place} rank {rank}] at work {expected} {ROOT} {odd}" in said
     assert not (ROOT / "made-by-a-shell").exists()
     assert "hidden-value" not in said
+
+
+def test_a_network_that_the_hosts_do_not_share_is_named(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    """gloo on loopback: ranks meet, and each then tells the other where on its own host it listens."""
+    with launch(hosts, "--interface", "lo", *training(corpus, tmp_path / "run", hang_seconds=10)) as launched:
+        assert launched.end(START_SECONDS) == 1, launched.said()[-3000:]
+    assert quoted("the ranks cannot connect") in launched.last_line
+    assert "with GLOO_SOCKET_IFNAME lo (" in launched.last_line
+    assert "name the network that the hosts share, by MELLOW_INTERFACE" in launched.last_line

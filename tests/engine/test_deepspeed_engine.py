@@ -19,6 +19,7 @@ from mellow_ds.errors import ConfigError
 from mellow_ds.verify.small import TRAIN, small_model
 from mellow_ds.world import World
 from tests.engine.cases import EXAMPLES, reference, shape, train
+from tests.guide import quoted
 from tests.ranks import run_ranks
 
 
@@ -58,7 +59,10 @@ def test_where_there_is_a_gpu_deepspeed_s_optimizers_are_taken_or_replaced_by_na
     config = replace(TRAIN, optimizer_type=kind, betas=(0.8, 0.9), eps=1e-6)
     engine_json = {"zero_optimization": {"stage": stage, "offload_optimizer": {"device": offload}}}
     groups = parameter_groups(small_model(seed=1), config)
-    optimizer, name = deepspeed_engine._build_optimizer(groups, engine_json, config, stage)
+    monkeypatch.setattr(deepspeed_engine, "is_compiled", lambda _: False)
+    with caplog.at_level("INFO", "mellow_ds.engine"):
+        optimizer, name = deepspeed_engine._build_optimizer(groups, engine_json, config, stage)
+    assert quoted("which takes minutes, once in this environment") in caplog.text
     assert isinstance(optimizer, Chosen)
     assert name == named
     assert optimizer.arguments == {"lr": config.learning_rate, "betas": (0.8, 0.9), "eps": 1e-6, **adamw}

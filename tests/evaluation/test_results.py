@@ -4,6 +4,7 @@ import pytest
 
 from mellow_ds.evaluation.predictions import Prediction, score_prediction
 from mellow_ds.evaluation.results import format_results, summarise, wilson_interval
+from tests.guide import quoted
 
 
 @pytest.mark.parametrize(
@@ -77,13 +78,23 @@ def test_nothing_to_summarise() -> None:
 def test_table() -> None:
     predictions = _predictions()
     results = {**summarise(predictions), "silenced": summarise(predictions[:4]), "captions": {}}
-    lines = format_results(results).splitlines()
+    *lines, _ = format_results(results).splitlines()
     assert lines[0].split()[:3] == ["subtype", "scored", "by"]
     (mcq,) = (line for line in lines if line.startswith("mcq"))
     assert mcq.split() == ["mcq", "option", "4", "50.0", "15.0", "..", "85.0", "25.0", "50.0", "1"]
     (binary,) = (line for line in lines if line.startswith("binary"))
     assert binary.split()[-2:] == ["-", "1"]
     assert len({len(line) for line in lines}) == 1
+
+
+def test_answers_that_do_not_depend_on_audio_are_remarked() -> None:
+    heard = _predictions()
+    words = quoted("is as high as with audio")
+    same = format_results({**summarise(heard), "silenced": summarise(heard)})
+    assert words in same.splitlines()[-1]
+    right, wrong = [p for p in heard if p.correct][:1] * 50, [p for p in heard if not p.correct][:1] * 50
+    assert words not in format_results({**summarise(right), "silenced": summarise(wrong)})
+    assert words in format_results({**summarise(wrong), "silenced": summarise(right)})
 
 
 def test_table_without_silenced_and_with_captions() -> None:
