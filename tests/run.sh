@@ -53,7 +53,7 @@ cores=$(nproc)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > 3 ? cores / 2 : 1))} # many tests run two ranks side by side
 export PYTHONPATH=$MELLOW_ROOT
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
-# a file of tests at a time to each of three workers, since much of a test is waiting; 0: all in one process
-workers=${MELLOW_TEST_WORKERS:-3}
+# a file of tests at a time to each of two workers, since much of a test is waiting; 0: all in one process
+workers=${MELLOW_TEST_WORKERS:-2}
 note "pytest in $workers worker(s), with $OMP_NUM_THREADS thread(s) a process on $cores cores"
 exec "$MELLOW_PYTHON" -m pytest -m "not gpu" -n "$workers" --dist loadfile --no-loadscope-reorder "$@"

@@ -27,19 +27,21 @@ from tests.ranks import free_port
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 
 
-def need(name: str) -> None:
-    if name == "deepspeed/pdsh.sh" and shutil.which("pdsh") is None:
+def need_pdsh() -> None:
+    if shutil.which("pdsh") is None:
         pytest.skip("pdsh is not installed")
 
 
-@pytest.mark.parametrize("name", ["deepspeed/pdsh.sh", "ssh/torchrun.sh"])
 def test_two_hosts_compute_what_one_does(
-    name: str, hosts: Hosts, corpus: Path, losses_of_one_host: list[float], tmp_path: Path
+    hosts: Hosts, corpus: Path, losses_of_one_host: list[float], tmp_path: Path
 ) -> None:
-    """With a run folder whose name a shell, pdsh and DeepSpeed would each change; the longest roads of an argument."""
-    need(name)
+    """With a run folder whose name a shell, pdsh and DeepSpeed would each change: the longest road of an argument.
+
+    All scripts are run in test_pages.py.
+    """
+    need_pdsh()
     run = tmp_path / 'a run of $HOME\'s "own" %n; \\ `id`'
-    with script(hosts, name, *train_arguments(corpus, run)) as launched:
+    with script(hosts, "deepspeed/pdsh.sh", *train_arguments(corpus, run)) as launched:
         assert launched.end(START_SECONDS) == 0, launched.said()[-3000:]
     assert_nothing_is_left(hosts, time.monotonic())
     assert losses(run) == pytest.approx(losses_of_one_host, rel=1e-6)
@@ -63,7 +65,7 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
 
     By itself DeepSpeed would `pkill -f` everything that looks like its launcher on Ctrl-C, and forget the ranks else.
     """
-    need("deepspeed/pdsh.sh")
+    need_pdsh()
     with contextlib.ExitStack() as stack:
         runs, ports = {}, {}
         for name in ("Ctrl-C", "runner", "pdsh", "script"):
@@ -93,7 +95,7 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
 
 def test_a_cut_link_ends_all_that_can_be_reached(hosts: Hosts, clone: Path) -> None:
     """Both scripts of pdsh, which by itself waits for the ranks of the other host, and these for the lost one."""
-    need("deepspeed/pdsh.sh")
+    need_pdsh()
     with contextlib.ExitStack() as stack:
         runs = [
             stack.enter_context(
@@ -115,7 +117,7 @@ def test_a_cut_link_ends_all_that_can_be_reached(hosts: Hosts, clone: Path) -> N
 
 def test_training_ends_with_the_launcher_of_one_host(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
     """Its ranks ask for a stop, all agree on it and save."""
-    need("deepspeed/pdsh.sh")
+    need_pdsh()
     run = tmp_path / "run"
     words = train_arguments(corpus, run, max_steps=5000, save_every_steps=0)
     port = free_port()

@@ -1,4 +1,7 @@
-"""`mellow-ds launch` on real hosts over real ssh: the same run as on one, and no fault leaves a process behind."""
+"""`mellow-ds launch` on real hosts over real ssh: no fault leaves a process behind.
+
+That it is the same run as on one host is shown in test_pages.py.
+"""
 
 import os
 import shutil
@@ -20,7 +23,6 @@ from tests.cluster.runs import (
     assert_nothing_is_left,
     hold_port,
     launch,
-    losses,
     processes,
     training,
     wrote_steps,
@@ -28,18 +30,6 @@ from tests.cluster.runs import (
 from tests.guide import quoted
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
-
-
-def test_two_hosts_compute_what_one_does(
-    hosts: Hosts, corpus: Path, losses_of_one_host: list[float], tmp_path: Path
-) -> None:
-    with launch(hosts, "--interface", INTERFACE, *training(corpus, tmp_path / "two")) as launched:
-        assert launched.end(START_SECONDS) == 0, launched.said()[-3000:]
-    assert_nothing_is_left(hosts, time.monotonic())
-    assert losses(tmp_path / "two") == pytest.approx(losses_of_one_host, rel=1e-6)
-    logs = tmp_path / "two" / "logs"
-    assert sorted(file.name for file in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
-    assert "on 2 ranks" in (logs / "rank-0.log").read_text()
 
 
 def test_ctrl_c_saves_on_all_hosts(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
@@ -50,6 +40,9 @@ def test_ctrl_c_saves_on_all_hosts(hosts: Hosts, corpus: Path, tmp_path: Path) -
         os.killpg(launched.process.pid, signal.SIGINT)  # what a terminal does
         assert launched.end() == 130, launched.said()[-3000:]
     assert_nothing_is_left(hosts, pressed)
+    logs = tmp_path / "run" / "logs"
+    assert sorted(file.name for file in logs.iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert "on 2 ranks" in (logs / "rank-0.log").read_text()
     assert list((tmp_path / "run" / "checkpoints").glob("step-*")), launched.said()[-3000:]
 
 
