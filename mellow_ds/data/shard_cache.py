@@ -155,7 +155,8 @@ class ShardCache:
             self._make_room(part)
             with open(descriptor, "r+b", buffering=0, closefd=False) as file:
                 fetch(file)
-            part.rename(path)
+            with self._lock():  # or who makes room would look for the part, find it gone, and not count the file
+                part.rename(path)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
         except BaseException as error:
             # what has arrived is kept for the next try, unless it stands in the way
