@@ -205,6 +205,18 @@ def test_who_waits_reads_what_another_has_brought_and_still_reads(tmp_path: Path
         os.close(descriptor)
 
 
+def test_a_file_is_published_when_nobody_makes_room(tmp_path: Path) -> None:
+    """Who makes room lists the folder and then asks for sizes: a file renamed in between would not be counted."""
+    cache = ShardCache(tmp_path)
+    thread = threading.Thread(target=lambda: os.close(cache.open(entry(0), filler())), daemon=True)
+    with cache._lock():
+        thread.start()
+        time.sleep(0.3)
+        assert names(cache) == ["shard-000000.tar.100000.part"]
+    thread.join(timeout=5)
+    assert names(cache) == ["shard-000000.tar"]
+
+
 def test_the_default_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("MELLOW_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
