@@ -181,20 +181,17 @@ def test_threads_share_a_download(tmp_path: Path) -> None:
 
 def test_who_waits_reads_what_another_has_brought_and_still_reads(tmp_path: Path) -> None:
     """The other keeps its lock, as a loader process does that reads one shard after another."""
-    cache, found, are_waiting = ShardCache(tmp_path), [], threading.Event()
+    cache, found, is_fetching = ShardCache(tmp_path), [], threading.Event()
 
     def slowly(file: BinaryIO) -> None:
-        assert are_waiting.wait(5)
-        time.sleep(0.2)  # the second has opened the part by then
+        is_fetching.set()
+        time.sleep(0.5)  # the second has opened the part by then
         filler()(file)
 
     def wait() -> None:
-        while not names(cache):
-            time.sleep(0.001)
-        are_waiting.set()
+        assert is_fetching.wait(5)
         found.append(cache.open(entry(0), never))
 
-    (tmp_path / "key").mkdir()
     second = threading.Thread(target=wait, daemon=True)
     second.start()
     first = cache.open(entry(0), slowly)
