@@ -1,5 +1,6 @@
 """The DeepSpeed back end: ZeRO 0 to 3 and offload as the engine JSON says. The only file that imports deepspeed."""
 
+import importlib
 import logging
 import math
 from collections.abc import Iterator
@@ -46,6 +47,20 @@ def avoid_cpu_compilation() -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+def avoid_muon_compilation() -> None:
+    """Import DeepSpeed's Muon, which it does in the first step whatever the optimizer is, without torch's compiler.
+
+    That is two seconds of each rank's start. Nobody calls it: `train.optimizer_type` Muon is the FSDP engine's.
+    """
+    compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+    decorator = compiler.compile
+    compiler.compile = lambda: lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.muon_optimizer")
+    finally:
+        compiler.compile = decorator
+
+
 class DeepSpeedEngine(StepEngine):
     """`Engine` over `deepspeed.initialize`; the process group must exist."""
 
@@ -62,6 +77,7 @@ class DeepSpeedEngine(StepEngine):
         _check_precision(shape.precision)
         check_nvme(engine_json, ALL_OPS, torch.cuda.is_available())
         avoid_cpu_compilation()
+        avoid_muon_compilation()
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device = device
         self._stage = zero_stage(engine_json)

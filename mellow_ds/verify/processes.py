@@ -30,7 +30,6 @@ _processes.set_forkserver_preload(
         "mellow_ds.checkpoint.store",
         "mellow_ds.verify.small",
         # what they import late
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # and torch's compiler with it
         "transformers.models.llama.modeling_llama",
     ]
 )

@@ -43,7 +43,6 @@ _processes.set_forkserver_preload(
         "mellow_ds.engine.deepspeed_engine",
         # what they import late
         "mellow_ds.evaluation.evaluate",
-        "deepspeed.runtime.zero.muon.muon_optimizer",  # and torch's compiler with it
         "torch.utils.tensorboard",
         "transformers.models.llama.modeling_llama",
     ]

@@ -1,5 +1,7 @@
 """What DeepSpeed alone has: files in ds_configs, and private names that this project leans on."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,16 @@ def test_the_private_switch_that_avoids_compiling_is_still_there() -> None:
     assert "deepspeed_shm_comm" in deepspeed.ops.__compatible_ops__
     avoid_cpu_compilation()
     assert torch.cuda.is_available() or not deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"]
+
+
+def test_a_step_leaves_the_compiler_alone() -> None:
+    """DeepSpeed's engine imports its Muon, whose kernels it would have torch compile."""
+    code = (
+        "import sys; from mellow_ds.engine import deepspeed_engine as engine; engine.avoid_muon_compilation(); "
+        "from deepspeed.runtime.compiler import compile; import torch; assert compile() is torch.compile; "
+        "import deepspeed.runtime.zero.muon.muon_optimizer; assert 'torch._inductor.compile_fx' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 class Chosen(torch.optim.SGD):
