@@ -22,10 +22,10 @@ _IN_PLACE_OF = {
     "mellow": "quickstart", "digits": "quickstart", "mellow-eval": "quickstart",
     "runs/mine/checkpoints/step-002000": f"runs/mine/checkpoints/{LAST_STEP}",
 }  # fmt: skip
-# the nodes have eight CPUs and no GPU, their partition is `main`, and this machine has two cores
+# the nodes have eight CPUs and say that they have four GPUs, their partition is `main`, and this machine has two cores
 _SMALLER = {
     "--num-per-host 4": "--num-per-host 1", " --gpus-per-node 4": "", "--nproc-per-node 4": "--nproc-per-node 2",
-    " --gpus-per-node=4": "", "--ntasks-per-node=4": "--ntasks-per-node=1", "--cpus-per-task=8": "--cpus-per-task=2",
+    "--ntasks-per-node=4": "--ntasks-per-node=1",
     "--time=24:00:00": "--time=2:00:00", "--array=0-15": "--array=0-1", "--array=3,7": "--array=0,1",
     "--num-parts 16": "--num-parts 2", "--partition gpu": "--partition main",
 }  # fmt: skip

@@ -22,6 +22,7 @@ from tests.cluster.hosts import why_not as why_no_hosts
 
 ADDRESSES = {FRONT: "10.77.0.254", "node1": "10.77.0.1", "node2": "10.77.0.2"}  # those of `Hosts`
 CPUS = 8  # that a node says it has: jobs share the cores of this machine
+GPUS = 4  # that it says it has: files that jobs are told of as devices
 _PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare")
 _UP_SECONDS = 60
 _ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "PREEMPTED")
@@ -78,16 +79,16 @@ class Slurm:
         for name in NODES:
             (self.folder / f"spool-{name}").mkdir()
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")  # none is used; detection needs a mount
-        for number in range(2):
-            (self.folder / f"gpu{number}").touch()  # a GPU is a device file that jobs are told of
+        for number in range(GPUS):
+            (self.folder / f"gpu{number}").touch()
         (self.folder / "gres.conf").write_text(
-            "".join(f"NodeName={name} Name=gpu File={self.folder}/gpu[0-1]\n" for name in NODES)
+            "".join(f"NodeName={name} Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n" for name in NODES)
         )
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(1024))
         key.chmod(0o400)
         nodes = "\n".join(
-            f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs={CPUS} RealMemory=4000 Gres=gpu:2 State=UNKNOWN"
+            f"NodeName={name} NodeAddr={ADDRESSES[name]} CPUs={CPUS} RealMemory=4000 Gres=gpu:{GPUS} State=UNKNOWN"
             for name in NODES
         )
         self.conf.write_text(

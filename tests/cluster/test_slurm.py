@@ -241,7 +241,7 @@ def test_the_set_up_is_judged(slurm: Slurm) -> None:
     verify = [sys.executable, "launch/verify_slurm_setup.py"]
     done = slurm.run(*verify)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "main (to be used): 2 of 2 nodes usable, 8 CPUs 4 GB gpu:2; time limit 02:00:00" in done.stdout
+    assert "main (to be used): 2 of 2 nodes usable, 8 CPUs 4 GB gpu:4; time limit 02:00:00" in done.stdout
     assert "all-reduce           2 ranks on 2 nodes, 0 GPUs on the first, gloo, met at node1:" in done.stdout
     assert done.stdout.endswith("nothing is in the way of training\n")
     refused = {
