@@ -34,6 +34,8 @@ port=${MELLOW_PORT:-29500}
 ssh="-o BatchMode=yes -o ConnectTimeout=10 -o LogLevel=ERROR${MELLOW_SSH_CONFIG:+ -F $MELLOW_SSH_CONFIG}"
 # ranks use their own threads; on one core each, as mpirun has it, loading would starve
 mpirun=(--bind-to none --tag-output --mca plm_rsh_args "$ssh")
+# a host that is lost is noticed after 12 s, not after eight minutes; later than the ranks, mpirun would wait for it for ever
+for wait in time=4 intvl=4 probes=2; do mpirun+=(--mca "oob_tcp_keepalive_${wait%=*}" "${wait#*=}"); done
 if [[ -n "${MELLOW_INTERFACE:-}" ]]; then
     mpirun+=(--mca oob_tcp_if_include "$MELLOW_INTERFACE" --mca btl_tcp_if_include "$MELLOW_INTERFACE")
 fi
@@ -77,4 +79,5 @@ signal_ranks() {
 }
 run_watched signal_ranks "${command[@]}"
 if [[ "$CODE" == 85 && "$_signals" == INT ]]; then CODE=130; fi
+if [[ "$CODE" == 179 ]]; then CODE=1; fi # mpirun's own (-77), after it has said which host it has lost
 exit "$CODE"

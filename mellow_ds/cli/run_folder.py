@@ -1,6 +1,7 @@
 """The run folder, held by one run at a time while its ranks leave their heartbeats in it."""
 
 import contextlib
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import EXIT_DONE, FaultError, MellowError
 from mellow_ds.monitor.heartbeat import HEARTBEATS_NAME, Heartbeat, make_heartbeats
+from mellow_ds.monitor.links import Links
 from mellow_ds.monitor.run_lock import RunLock
 from mellow_ds.monitor.watchdog import open_heartbeat
 from mellow_ds.world import World
@@ -39,14 +41,17 @@ def held_run_folder(config: RunConfig, world: World, device: torch.device) -> It
             refused = error
         except OSError as error:
             refused = FaultError(f"save_dir {folder} cannot be used ({error.strerror}): choose another one")
-    code = torch.tensor(EXIT_DONE if refused is None else refused.exit_code, device=device)
-    dist.broadcast(code, src=0)
+    links = Links(world)
+    word = torch.tensor([EXIT_DONE if refused is None else refused.exit_code, *links.invitation], device=device)
+    dist.broadcast(word, src=0)
+    code, port, token = word.tolist()
     if refused is not None:
         raise refused
     if code != EXIT_DONE:
-        sys.exit(int(code))
+        sys.exit(code)
     try:
-        with open_heartbeat(heartbeats, world, config.train.hang_seconds) as heartbeat:
+        links.meet(os.environ.get("MASTER_ADDR", ""), (port, token))
+        with open_heartbeat(heartbeats, world, config.train.hang_seconds, links) as heartbeat:
             yield heartbeat
     finally:
         if lock is not None:

@@ -23,7 +23,9 @@ class Ending:
     rank: int
     message: str  # one line
     exit_code: int = EXIT_FAULT
-    kind: str = "failure"  # "stop": by a signal; "hang": `message` is about the run, not about the rank that says it
+    # "stop": by a signal; "lost": its host does not answer; "hang": `message` is about the run, not about the rank that
+    # says it
+    kind: str = "failure"
 
 
 def make_endings(folder: Path) -> None:

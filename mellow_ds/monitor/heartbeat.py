@@ -189,7 +189,7 @@ class RankHeartbeat(Heartbeat):
                 return None if first.rank == self.world.rank else quoted(first)
             gone = self.gone_neighbour()
             if gone is not None:
-                ending = ending_of_gone(gone)
+                ending = ending_of_gone(gone.rank, gone)
                 self.add_ending(ending)
                 return quoted(ending)
             if not _is_of_connections(error) or time.monotonic() > deadline:
@@ -270,13 +270,17 @@ def one_line(error: BaseException) -> str:
     return " ".join(message.split())
 
 
-def ending_of_gone(beat: Beat) -> Ending:
-    """What is said of a rank whose process has gone without a word."""
-    message = (
-        f"the process ({beat.process}) was killed, last seen in {describe_work(beat)}; most often that is for "
-        "memory: see the kernel's log on that host"
-    )
-    return Ending(beat.rank, message)
+def ending_of_gone(rank: int, beat: Beat | None) -> Ending:
+    """What is said of a rank whose process has gone without a word; `beat`: what it wrote last, if that can be read."""
+    which, where = (f" ({beat.process})", f", last seen in {describe_work(beat)}") if beat else ("", "")
+    what = f"the process{which} was killed{where}"
+    return Ending(rank, f"{what}; most often that is for memory: see the kernel's log on that host")
+
+
+def ending_of_lost(rank: int, beat: Beat | None) -> Ending:
+    """What is said of a rank whose host does not answer."""
+    where = f"host {beat.process.host}" if beat else "its host"
+    return Ending(rank, f"{where} does not answer: it is off, or its link is cut", kind="lost")
 
 
 def describe_work(beat: Beat) -> str:

@@ -20,9 +20,12 @@ from mellow_ds.monitor.heartbeat import (
     Heartbeat,
     RankHeartbeat,
     ending_of_gone,
+    ending_of_lost,
     quoted,
+    read_beat,
     stacks_path,
 )
+from mellow_ds.monitor.links import Links
 from mellow_ds.monitor.process_id import descendants
 from mellow_ds.monitor.stacks import dump_stacks, main_thread_lines, main_thread_place, waits_in_collective
 from mellow_ds.monitor.standstill import Observer, Seen, describe_standstill, find_behind, still_since
@@ -34,6 +37,7 @@ _TICKS_IN_LIMIT = 15  # looks at the own training thread within train.hang_secon
 _LOOK_AFTER = 0.25  # of train.hang_seconds without own progress: from then on the others are looked at
 _BEATS_TO_SEE = 3  # of the others, before they are judged: each shows progress only when it beats
 _SECONDS_TO_LEAVE = 5.0  # that a rank gets to end by itself once another has failed
+_SECONDS_TO_SAY_WHY = 1.0  # from the end of a process on another host to what is said of it: it may have said so itself
 _SECONDS_TO_END = 10.0  # that a rank which has failed itself gets to come to its end
 _FILE_SECONDS = 5.0  # that a file system gets for what is read or written when the run may stand still
 _SECONDS_FOR_STACKS = 2.0  # that the others get, beside a tick, to write theirs
@@ -54,9 +58,10 @@ def group_timeout_seconds(hang_seconds: float) -> float:
 class Watchdog:
     """Watches one rank's heartbeat and, where that stands still, those of the others."""
 
-    def __init__(self, heartbeat: RankHeartbeat, hang_seconds: float) -> None:
+    def __init__(self, heartbeat: RankHeartbeat, hang_seconds: float, links: Links) -> None:
         """`hang_seconds` 0: a standstill is nobody's concern; failures of other ranks are."""
         self._heartbeat = heartbeat
+        self._links = links
         self._world = heartbeat.world
         self._hang_seconds = hang_seconds
         tick = heartbeat.interval_seconds
@@ -83,7 +88,7 @@ class Watchdog:
             now = time.monotonic()
             self._clock += min(now - last, 2 * self._tick_seconds)
             last = now
-            first = self._files.ask(self._find_ending)
+            first = self._files.ask(self._find_ending) or self._find_loss()
             if first is not None:
                 self._leave(first)
             elif self._hang_seconds:
@@ -97,9 +102,20 @@ class Watchdog:
             return first
         first = first_ending(self._heartbeat.folder)  # a rank says why before it goes
         if first is None:
-            first = ending_of_gone(gone)
+            first = ending_of_gone(gone.rank, gone)
             self._heartbeat.add_ending(first)
         return first
+
+    def _find_loss(self) -> Ending | None:
+        """What is said of a rank of another host that is gone, also where the run folder is gone with it."""
+        loss = self._links.loss
+        if loss is None or not (loss.is_host or time.monotonic() - loss.at > _SECONDS_TO_SAY_WHY):
+            return None
+        folder = self._heartbeat.folder
+        beat = self._files.ask(lambda: read_beat(folder, loss.rank))
+        found = (ending_of_lost if loss.is_host else ending_of_gone)(loss.rank, beat)
+        self._files.ask(lambda: self._heartbeat.add_ending(found))
+        return self._files.ask(lambda: first_ending(folder)) or found
 
     def _look_at_progress(self) -> None:
         progress = self._heartbeat.work.progress
@@ -151,7 +167,10 @@ class Watchdog:
             self._stopping.set()
             return
         # the training thread notices most failures by itself, and then ends in order; stopped: it has
-        if self._stopping.wait(_SECONDS_TO_END if is_own else _SECONDS_TO_LEAVE):
+        seconds = _SECONDS_TO_END if is_own else _SECONDS_TO_LEAVE
+        if first.kind == "lost":  # which it does not
+            seconds = 0.0
+        if self._stopping.wait(seconds):
             return
         if not is_own and not self._heartbeat.has_failed:
             _say(f"error: rank {self._world.rank}: {quoted(first)}")
@@ -179,9 +198,10 @@ class Watchdog:
 class WatchedHeartbeat(RankHeartbeat):
     """A rank's heartbeat with its watchdog."""
 
-    def __init__(self, folder: Path, world: World, hang_seconds: float) -> None:
+    def __init__(self, folder: Path, world: World, hang_seconds: float, links: Links) -> None:
         super().__init__(folder, world)
-        self._watchdog = Watchdog(self, hang_seconds)
+        self._links = links
+        self._watchdog = Watchdog(self, hang_seconds, links)
         self.start()
         self._watchdog.start()
 
@@ -189,15 +209,17 @@ class WatchedHeartbeat(RankHeartbeat):
         """See `Heartbeat.close`. The watchdog of a rank that failed stays: it sees to it that the process ends."""
         super().close()
         if not self.has_failed or self.world.size == 1:
+            self._links.close()
             self._watchdog.stop()
 
 
-def open_heartbeat(folder: Path, world: World, hang_seconds: float) -> Heartbeat:
+def open_heartbeat(folder: Path, world: World, hang_seconds: float, links: Links | None = None) -> Heartbeat:
     """The heartbeat of this rank in `folder` (RUN/heartbeats, made by `make_heartbeats` before any rank is here).
 
     `hang_seconds`: without progress on any rank, after which the run says which rank is behind, and ends; 0: never.
+    `links`: those of this rank to other hosts, which have met.
     """
-    return WatchedHeartbeat(folder, world, hang_seconds)
+    return WatchedHeartbeat(folder, world, hang_seconds, links or Links(World()))
 
 
 class _Patience:

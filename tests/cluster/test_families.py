@@ -5,11 +5,13 @@ import os
 import re
 import shutil
 import signal
+import socket
 import time
 from pathlib import Path
 
 import pytest
 
+from mellow_ds.monitor.endings import first_ending
 from tests.cli.runs import ROOT
 from tests.cluster.hosts import FRONT, NODES, Hosts, wait_for
 from tests.cluster.runs import (
@@ -22,6 +24,7 @@ from tests.cluster.runs import (
     train_arguments,
     wrote_steps,
 )
+from tests.guide import quoted
 from tests.ranks import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
@@ -93,26 +96,33 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
         assert_nothing_is_left(hosts, began)
 
 
-def test_a_cut_link_ends_all_that_can_be_reached(hosts: Hosts, clone: Path) -> None:
-    """Both scripts of pdsh, which by itself waits for the ranks of the other host, and these for the lost one."""
+def test_a_cut_link_ends_training_on_both_sides(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
+    """Of all scripts whose launcher cannot reach the lost host; there the ranks notice it themselves."""
     need_pdsh()
+    scripts = ["deepspeed/pdsh.sh", "ssh/pdsh.sh", "deepspeed/openmpi.sh"]
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     with contextlib.ExitStack() as stack:
-        runs = [
-            stack.enter_context(
-                script(hosts, name, "--config", "quickstart", root=clone, port=free_port(), MELLOW_TEST_STUCK="1")
-            )
-            for name in ("deepspeed/pdsh.sh", "ssh/pdsh.sh")
-        ]
-        for run in runs:
-            run.wait_for("at work", 2)
-        began = time.monotonic()
+        launched = {}
+        for place, name in enumerate(scripts):
+            words = train_arguments(corpus, tmp_path / str(place), max_steps=5000, save_every_steps=0)
+            launched[name] = stack.enter_context(script(hosts, name, *words, port=free_port(), **as_root))
+        for place, run in enumerate(launched.values()):
+            wait_for(
+                lambda place=place, run=run: run.process.poll() is not None or wrote_steps(tmp_path / str(place), 3),
+                START_SECONDS, run.said,
+            )  # fmt: skip
+        cut = time.monotonic()
         hosts.cut("node2")
-        for run in runs:
-            assert run.end() == 1, run.said()[-3000:]
-            assert run.said().count("error: host node2 is lost: it is off, or its link is cut") == 1
-        wait_for(
-            lambda: not any(processes(hosts, host) for host in (FRONT, "node1")), SECONDS - (time.monotonic() - began)
-        )
+        for name, run in launched.items():
+            assert run.end() == 1, (name, run.said()[-3000:])
+        assert_nothing_is_left(hosts, cut)
+    for place, name in enumerate(scripts[:2]):
+        assert launched[name].said().count("error: host node2 is lost: it is off, or its link is cut") == 1
+        ending = first_ending(tmp_path / str(place) / "heartbeats")  # either rank says it of the other
+        assert ending is not None
+        words = quoted("does not answer: it is off, or its link is cut")
+        assert (ending.kind, ending.message) == ("lost", f"host {socket.gethostname()} {words}")
+    assert "node2" in launched[scripts[2]].said().split("lost communication with a remote daemon")[1]
 
 
 def test_training_ends_with_the_launcher_of_one_host(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
