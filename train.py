@@ -6,7 +6,17 @@ work from a clone that is not installed: Python puts the folder of the script it
 
 import sys
 
-from mellow_ds.cli.train import main
+try:
+    from mellow_ds.cli.train import main
+except ModuleNotFoundError as missing:
+    name = missing.name or ""
+    if name.partition(".")[0] == "mellow_ds":
+        raise
+    print(
+        f"error: {sys.executable} has no {name}: source .venv/bin/activate first (bash launch/setup_env.sh makes it)",
+        file=sys.stderr,
+    )
+    sys.exit(2)
 
 if __name__ == "__main__":  # worker processes of the data loader may import this file again
     sys.exit(main())

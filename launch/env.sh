@@ -8,7 +8,9 @@
 #   MELLOW_CONDA=mellow              a conda environment, by name or path, to use as it is
 #   MELLOW_EXTRAS="gguf"             extras of the environment that is made here where none of the two is named
 #   MELLOW_INTERFACE=eth0            the network interface of collectives (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)
-#   MELLOW_CACHE=/local/cache      a folder for what libraries download and compile
+#   MELLOW_CACHE=/local/cache        a folder for what libraries download and compile
+#
+# docs/launching.md has these and the ones that the scripts read themselves (MELLOW_SEND, MELLOW_SSH_CONFIG, MELLOW_PORT).
 #
 # Leaves MELLOW_PYTHON (the interpreter), MELLOW_ROOT (this clone), and PATH, PYTHONPATH and VIRTUAL_ENV set for them, so
 # that `python`, `deepspeed` and `torchrun` are those of the environment and `mellow_ds` is this clone's, installed or not.

@@ -26,8 +26,8 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > slots ? cores / slots : 1))
 
 ranks() { # run train.py on all slots of this host, which needs no ssh; DeepSpeed's own launch lines are left out
     bash launch/deepspeed/single_node.sh --num-per-host "$slots" \
-        --config quickstart --save-dir "$folder/run" "$@" 2> >(grep --line-buffered -v real_accelerator.py >&2) |
-        { grep --line-buffered -v '\[launch.py\|\[runner.py' || true; }
+        --config quickstart --save-dir "$folder/run" "$@" |
+        { grep --line-buffered -v '\[launch.py\|\[runner.py\|\[real_accelerator.py' || true; }
 }
 
 say "corpus: sounds made by formula, with questions and answers"
@@ -54,3 +54,4 @@ say "answers to three questions about held-out clips"
 
 say "result"
 "$MELLOW_PYTHON" -m mellow_ds.cli.main report "$folder/run" --require-hearing
+if [[ "$MELLOW_PYTHON" == "$PWD/.venv/"* ]]; then say "for commands of your own: source .venv/bin/activate"; fi

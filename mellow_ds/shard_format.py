@@ -182,9 +182,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a shard folder; raises `ShardError` where it is missing, of another version or not one."""
     path = Path(folder) / MANIFEST_NAME
     if not Path(folder).is_dir():
-        raise ShardError(
-            f"shard folder {folder} is not there: make it with `mellow-shards build`, or correct data.shards"
-        )
+        raise ShardError(f"shard folder {folder} is not there: make it with `mellow-shards build`, or correct its name")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

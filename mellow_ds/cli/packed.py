@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import ConfigError
+from mellow_ds.shard_format import MANIFEST_NAME
 from mellow_ds.world import World
 
 _log = logging.getLogger("mellow_ds.cli")
@@ -44,12 +45,14 @@ def with_packed_shards(config: RunConfig, world: World) -> RunConfig:
     folder = _cache_folder(config) / _name(config)
     folder.parent.mkdir(parents=True, exist_ok=True)
     if world.local_rank == 0:
-        _log.info("data.shards is empty: packing data.datafiles into %s first (once; later runs read it)", folder)
+        is_there = (folder / MANIFEST_NAME).is_file()
+        what = "data.datafiles are packed already, in" if is_there else "packing data.datafiles first, once, into"
+        _log.info("data.shards is empty: %s %s", what, folder)
     with _alone(folder.with_name(f"{folder.name}.lock")):
         settings = BuildSettings(sample_rate=config.data.sampling_rate, progress=world.local_rank == 0)
         report = run_build(config.data.datafiles, config.data.datapath, folder, settings)
     if world.local_rank == 0:
-        _log.info("%d clips, %d questions packed", report.manifest.num_clips, report.manifest.num_questions)
+        _log.info("%d clips, %d questions", report.manifest.num_clips, report.manifest.num_questions)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, shards=(str(folder),)))
 
 

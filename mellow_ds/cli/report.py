@@ -10,8 +10,8 @@ from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, ConfigError
 
 _EXAMPLES = """
 examples:
-  mellow-ds report runs/quickstart
-  mellow-ds report runs/quickstart --require-hearing
+  mellow-ds report runs/quickstart/run
+  mellow-ds report runs/quickstart/run --require-hearing
 """
 
 
@@ -50,6 +50,8 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
 
 def newest_results(run: Path) -> Path:
     """The results.json written last below RUN/evaluation; raises `ConfigError` where there is none."""
+    if not run.is_dir():
+        raise ConfigError(f"run folder {run} is not there: name the save_dir of a run")
     found = sorted(run.glob("evaluation/**/results.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         raise ConfigError(f"{run} has no evaluation results: run mellow-ds evaluate with --save-dir {run} first")

@@ -76,6 +76,8 @@ def check_inputs(config: RunConfig, world: World) -> None:
             "Mellow is converted first with mellow-ds convert --from-mellow"
         )
     _check_step_folder("--checkpoint_path", Path(config.resume_checkpoint))
+    if not config.data.eval_shards:
+        _log.warning("data.eval_shards is empty: what is scored are the examples of data.shards or data.datafiles")
     if not needs_packing(config):
         _check_shards(config, config.data.eval_shards or config.data.train_shards, "data.eval_shards")
 

@@ -270,6 +270,11 @@ def _say_what_runs(
     # ds_numel: under ZeRO-3 a partitioned parameter is empty
     counts = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in model.parameters()]
     trained = sum(number for number, requires_grad in counts if requires_grad)
+    if config.keeps_random_encoder and reader.features is None:
+        _log.warning(
+            "the encoder is frozen and has no weights but random ones: name some by "
+            "model.encoder.pretrained_audioencoder_path, or set model.encoder.freeze_audio_encoder_weights to false"
+        )
     _log.info("%s on %d ranks (started by %s)", engine_name, world.size, world.launcher)
     _log.info(
         "%.1f M parameters, %.1f M trained (%s); %d examples of %d clips",

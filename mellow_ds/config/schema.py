@@ -299,3 +299,13 @@ class RunConfig:
         one_of("", self, "engine", ("auto", "deepspeed", "fsdp"))
         if self.distributed_backend not in ("", "nccl", "gloo"):
             raise ConfigError(f"distributed_backend is '{self.distributed_backend}'; choose nccl or gloo")
+
+    @property
+    def keeps_random_encoder(self) -> bool:
+        """Whether the encoder stays as it is drawn: frozen from the first step to the last, with weights of nobody."""
+        encoder = self.model.encoder
+        frozen = not any("encoder" in phase.train for phase in self.train.phases)
+        if not self.train.phases:
+            frozen = encoder.freeze_audio_encoder_weights
+        brings_weights = encoder.use_pretrained_audioencoder or encoder.audioenc_name not in ("HTSAT", "Cnn14")
+        return frozen and not brings_weights and not self.resume_checkpoint

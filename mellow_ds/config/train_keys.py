@@ -200,4 +200,6 @@ class TrainConfig:
                 "the accumulation follows from the global batch; drop one of the two"
             )
         if self.max_steps and self.warmup_steps >= self.max_steps:
-            raise ConfigError(f"train.warmup_steps is {self.warmup_steps}, but the run has only {self.max_steps} steps")
+            raise ConfigError(
+                f"train.warmup_steps is {self.warmup_steps}, but the run has only {self.max_steps} steps: lower it"
+            )

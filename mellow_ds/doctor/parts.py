@@ -9,9 +9,14 @@ from mellow_ds.doctor.steps import stage_of
 
 def check_parts(case: Case) -> list[Finding]:
     """Parts of the model against data, optimizer and stage."""
-    found = [*_features(case), *_optimizer(case)]
+    found = [*_features(case), *_untrained_encoder(case), *_optimizer(case)]
     if case.model is not None:
-        found += [*_nothing_trained(case.model), *_tied(case, case.model), *_batchnorm(case, case.model)]
+        found += [
+            *_nothing_trained(case.model),
+            *_untrained_encoder(case),
+            *_tied(case, case.model),
+            *_batchnorm(case, case.model),
+        ]
         found += _idle_rates(case, case.model)
     return found
 
@@ -32,6 +37,20 @@ def _features(case: Case) -> list[Finding]:
             STOPS, "features-with-trained-encoder", f"{key}, but the shards hold features of a frozen encoder",
             "stored features are what the encoder gave before; training it would change nothing that is read",
             "keep the encoder frozen, or train on the shards of the audio",
+        )
+    ]  # fmt: skip
+
+
+def _untrained_encoder(case: Case) -> list[Finding]:
+    config = case.config
+    if not config.keeps_random_encoder or (case.shards is not None and case.shards.has_features):
+        return []
+    return [
+        Finding(
+            SLOW, "untrained-encoder", "the encoder is frozen, and no weights are named for it",
+            "it stays as it was drawn at random, and projector and decoder train on noise",
+            "set model.encoder.use_pretrained_audioencoder and pretrained_audioencoder_path, or "
+            "model.encoder.freeze_audio_encoder_weights to false",
         )
     ]  # fmt: skip
 

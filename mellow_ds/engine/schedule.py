@@ -15,7 +15,9 @@ class Schedule:
 
     def __init__(self, config: TrainConfig, total_steps: int) -> None:
         if config.warmup_steps and config.warmup_steps >= total_steps:
-            raise ConfigError(f"train.warmup_steps is {config.warmup_steps}, but the run has only {total_steps} steps")
+            raise ConfigError(
+                f"train.warmup_steps is {config.warmup_steps}, but the run has only {total_steps} steps: lower it"
+            )
         self._config = config
         self._total_steps = total_steps
         self._plateau = _Plateau()

@@ -100,7 +100,10 @@ def load_named_tokenizer(name: str, key: str) -> Any:
         else:
             tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{key}: no tokenizer could be loaded from '{name}' ({_first_line(error)})") from error
+        raise ConfigError(
+            f"{key}: no tokenizer could be loaded from '{name}' ({_first_line(error)}): name a local folder or a GGUF "
+            "file, or fill the hub's cache (HF_HOME) where there is a network"
+        ) from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # what transformers makes of a folder with a GPT-2 configuration and no tokenizer files
         raise ConfigError(f"{key}: there is no tokenizer in '{name}'")

@@ -53,7 +53,7 @@ def check_rejected_share(counts: Mapping[str, int], num_records: int, allowed: f
     if num_rejected < num_records and num_rejected <= allowed * num_records:
         return
     reasons = ", ".join(f"{count} x {reason}" for reason, count in sorted(counts.items(), key=lambda item: -item[1]))
-    cure = "correct them" if num_rejected == num_records else "correct them, or raise --max-rejected"
+    cure = "correct them, or --audio-root" if num_rejected == num_records else "correct them, or raise --max-rejected"
     raise PackingError(
         f"{num_rejected} of {num_records} records cannot be packed ({num_rejected / num_records:.2%}, "
         f"allowed {allowed:.2%}): {reasons}; each is named in {path}: {cure}"

@@ -10,6 +10,7 @@ import pytest
 
 from mellow_ds.cli.main import main
 from mellow_ds.cli.train import main as train_main
+from tests.cli.runs import ROOT
 from tests.guide import quoted
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
@@ -86,7 +87,16 @@ def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "--from-mellow", "no.ckpt", "--out", "x"]) == 2
     assert "--from-mellow no.ckpt is not there" in capsys.readouterr().err
     assert main(["report", "no-run"]) == 2
-    assert "has no evaluation results" in capsys.readouterr().err
+    assert "run folder no-run is not there" in capsys.readouterr().err
+    assert main(["report", "docs"]) == 2
+    assert "docs has no evaluation results" in capsys.readouterr().err
+
+
+def test_a_python_without_the_packages_is_named() -> None:
+    command = [sys.executable, "-S", "train.py", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "source .venv/bin/activate first" in done.stderr
 
 
 def test_wrong_configurations_do_not_wait_for_torch() -> None:

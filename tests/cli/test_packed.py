@@ -11,6 +11,7 @@ import pytest
 
 from mellow_ds.cli import packed as packed_module
 from mellow_ds.cli.packed import check_files, needs_packing, with_packed_shards
+from mellow_ds.cli.train import check_inputs
 from mellow_ds.cli.train import main as train_main
 from mellow_ds.config.schema import DataConfig, RunConfig
 from mellow_ds.errors import ConfigError, PackingError
@@ -36,11 +37,12 @@ def test_shards_are_packed_once_and_named(corpus: Path, tmp_path: Path, caplog: 
     packed = with_packed_shards(config, World())
     assert not needs_packing(packed)
     (folder,) = packed.data.shards
-    assert any(m.startswith("data.shards is empty: packing data.datafiles into") for m in caplog.messages)
+    assert any(m.startswith("data.shards is empty: packing data.datafiles first, once, into ") for m in caplog.messages)
     manifest = read_manifest(folder)
     assert manifest.num_clips == 6
     before = (Path(folder) / "manifest.json").stat().st_mtime_ns
     assert with_packed_shards(config, World()) == packed
+    assert f"data.shards is empty: data.datafiles are packed already, in {folder}" in caplog.messages
     assert (Path(folder) / "manifest.json").stat().st_mtime_ns == before
     slower = with_packed_shards(run_on(corpus, tmp_path, sampling_rate=16_000), World())
     assert slower.data.shards != packed.data.shards
@@ -70,6 +72,14 @@ def test_shards_that_are_named_are_not_packed_again(corpus: Path, tmp_path: Path
     evaluated = dataclasses.replace(run_on(corpus, tmp_path, eval_shards=("s",)), mode="evaluate_checkpoint")
     assert not needs_packing(evaluated)
     assert needs_packing(run_on(corpus, tmp_path, eval_shards=("s",)))
+
+
+def test_scoring_what_is_trained_on_is_said(corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = dataclasses.replace(run_on(corpus, tmp_path), mode="evaluate_checkpoint", resume_checkpoint=str(tmp_path))
+    check_inputs(config, World())
+    assert caplog.messages == [
+        "data.eval_shards is empty: what is scored are the examples of data.shards or data.datafiles"
+    ]
 
 
 def test_what_is_missing_is_named(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,7 @@ def test_mellow_recipe_trains_stops_and_resumes(gguf_file: Path, shards: Path, t
     main, other = forked("train.py", *arguments, num_ranks=2, seconds=450)
     assert (main.returncode, other.returncode) == (0, 0), main.stderr[-3000:] + other.stderr[-3000:]
     assert "going on from" in main.stderr
+    assert "the encoder is frozen and has no weights but random ones" in main.stderr
     losses = [record["loss"] for record in read_metrics(tmp_path / "metrics.jsonl") if record["kind"] == "step"]
     assert len(losses) == 4
     assert losses[-1] < losses[0]

@@ -105,6 +105,25 @@ def test_overrides_win_and_mellow_names_work_there_too() -> None:
 
 
 @pytest.mark.parametrize(
+    ("overrides", "keeps"),
+    [
+        ({}, True),
+        ({"model.encoder.freeze_audio_encoder_weights": "false"}, False),
+        (
+            {"model.encoder.use_pretrained_audioencoder": "true", "model.encoder.pretrained_audioencoder_path": "w"},
+            False,
+        ),
+        ({"model.encoder.audioenc_name": "someone/wav2vec2"}, False),
+        ({"resume_checkpoint": "w"}, False),
+        ({"train.phases": "[{from_step: 0, train: [projector]}]"}, True),
+        ({"train.phases": "[{from_step: 0, train: [projector]}, {from_step: 9, train: [encoder]}]"}, False),
+    ],
+)
+def test_an_encoder_that_stays_random_is_known(overrides: dict[str, str], keeps: bool) -> None:
+    assert load_run_config("mellow", overrides).keeps_random_encoder is keeps
+
+
+@pytest.mark.parametrize(
     ("overrides", "message"),
     [
         ({"train.batchsize": "8"}, r"unknown key train\.batchsize; did you mean train\.batch_size\?"),

@@ -41,7 +41,10 @@ CPUS = replace(
 
 def configured(**overrides: Any) -> RunConfig:
     """The recipe for a GPU with these keys, written with __ for dots."""
-    base = {"data.shards": "a", "train.batch_size": "16", "train.num_workers": "4"}
+    base = {
+        "data.shards": "a", "train.batch_size": "16", "train.num_workers": "4",
+        "model.encoder.use_pretrained_audioencoder": "true", "model.encoder.pretrained_audioencoder_path": "w",
+    }  # fmt: skip
     return load_run_config("mellow-1gpu", {**base, **{k.replace("__", "."): str(v) for k, v in overrides.items()}})
 
 

@@ -111,6 +111,7 @@ PROVOKED: dict[str, tuple[str, Case]] = {
         STOPS, made_case(facts={"shards": replace(SHARDS, has_features=True)},
                          train__phases="[{from_step: 0, train: [projector]}, {from_step: 9, train: [encoder]}]"),
     ),
+    "untrained-encoder": (SLOW, made_case(model__encoder__use_pretrained_audioencoder="false")),
     "lamb-needs-whole-layers": (STOPS, made_case(train__optimizer_type="Lamb")),
     "lamb-replaced": (SLOW, made_case(CPUS, engine=zero(stage=0), train__optimizer_type="Lamb")),
     "muon-not-clipped": (NOTE, made_case(train__optimizer_type="Muon")),
