@@ -13,6 +13,7 @@ from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import EXIT_DONE, FaultError, MellowError
 from mellow_ds.monitor.heartbeat import HEARTBEATS_NAME, Heartbeat, make_heartbeats
 from mellow_ds.monitor.links import Links
+from mellow_ds.monitor.process_id import host_number
 from mellow_ds.monitor.run_lock import RunLock
 from mellow_ds.monitor.watchdog import open_heartbeat
 from mellow_ds.world import World
@@ -41,7 +42,10 @@ def held_run_folder(config: RunConfig, world: World, device: torch.device) -> It
             refused = error
         except OSError as error:
             refused = FaultError(f"save_dir {folder} cannot be used ({error.strerror}): choose another one")
-    links = Links(world)
+    hosts = torch.zeros(world.size, dtype=torch.int64, device=device)
+    hosts[world.rank] = host_number()
+    dist.all_reduce(hosts)
+    links = Links(world.rank, hosts.tolist())
     word = torch.tensor([EXIT_DONE if refused is None else refused.exit_code, *links.invitation], device=device)
     dist.broadcast(word, src=0)
     code, port, token = word.tolist()

@@ -15,9 +15,8 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Sequence
 from typing import NamedTuple
-
-from mellow_ds.world import World
 
 _PROBE_SECONDS = 4  # between two questions of the kernel, where nothing else is heard
 # Questions without an answer. The ranks of a lost host wait for one more: what rank 0 says of it comes first. Both are
@@ -43,15 +42,16 @@ class Loss(NamedTuple):
 class Links:
     """The connections of one rank. On one host there are none: there, processes see one another."""
 
-    def __init__(self, world: World) -> None:
-        """Rank 0 listens from here on. Raises `OSError` where it cannot."""
+    def __init__(self, rank: int = 0, hosts: Sequence[int] = ()) -> None:
+        """`hosts`: [world] of each rank, the number of its host. Rank 0 listens from here on."""
         self.loss: Loss | None = None  # the first one
-        self._world = world
+        self._rank = rank
+        self._far = {other for other, host in enumerate(hosts) if host != hosts[0]}
         self._is_closing = threading.Event()
         self._selector = selectors.DefaultSelector()
         self._ranks: dict[socket.socket, int] = {}  # that are connected
         self._left: set[int] = set()  # that have said that they are done
-        self._listener = _listen() if world.is_main and world.size > world.local_size else None
+        self._listener = _listen() if rank == 0 and self._far else None
         self._token = secrets.randbits(62)  # of those that may connect
 
     @property
@@ -64,7 +64,7 @@ class Links:
         port, self._token = invitation
         if self._listener is not None:
             threading.Thread(target=self._receive, args=(self._listener,), name="links", daemon=True).start()
-        elif port and self._world.rank != self._world.local_rank:  # on another host than rank 0
+        elif port and self._rank in self._far:
             threading.Thread(target=self._visit, args=(address, port), name="links", daemon=True).start()
 
     def close(self) -> None:
@@ -76,7 +76,7 @@ class Links:
 
     def _receive(self, listener: socket.socket) -> None:
         """Rank 0: let those in that know the token, then watch them."""
-        wanted = set(range(self._world.local_size, self._world.size))
+        wanted = set(self._far)
         deadline = time.monotonic() + _MEETING_SECONDS
         with listener:
             while wanted and time.monotonic() < deadline and not self._is_closing.is_set():
@@ -103,9 +103,9 @@ class Links:
         """Another rank: connect to rank 0, then watch it."""
         try:
             connection = socket.create_connection((address, port), timeout=_MEETING_SECONDS / 3)
-            connection.sendall(_HELLO.pack(self._token, self._world.rank))
+            connection.sendall(_HELLO.pack(self._token, self._rank))
         except OSError as error:
-            _say_unlinked(f"rank {self._world.rank} cannot connect to {address}:{port} ({error.strerror or error})")
+            _say_unlinked(f"rank {self._rank} cannot connect to {address}:{port} ({error.strerror or error})")
             return
         self._hold(connection, 0, _MAX_PROBES)
         self._watch()
@@ -141,10 +141,14 @@ class Links:
         connection.close()
 
 
-def _listen() -> socket.socket:
-    if socket.has_dualstack_ipv6():
-        return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
-    return socket.create_server(("", 0), backlog=1024)
+def _listen() -> socket.socket | None:
+    try:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+        return socket.create_server(("", 0), backlog=1024)
+    except OSError as error:
+        _say_unlinked(f"rank 0 cannot listen to the others ({error.strerror or error})")
+        return None
 
 
 def _say_unlinked(what: str) -> None:

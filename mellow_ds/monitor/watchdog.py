@@ -219,7 +219,7 @@ def open_heartbeat(folder: Path, world: World, hang_seconds: float, links: Links
     `hang_seconds`: without progress on any rank, after which the run says which rank is behind, and ends; 0: never.
     `links`: those of this rank to other hosts, which have met.
     """
-    return WatchedHeartbeat(folder, world, hang_seconds, links or Links(World()))
+    return WatchedHeartbeat(folder, world, hang_seconds, links or Links())
 
 
 class _Patience:

@@ -16,17 +16,15 @@ import pytest
 
 from mellow_ds.monitor.heartbeat import make_heartbeats, read_beat
 from mellow_ds.monitor.links import Links
-from mellow_ds.world import World
 from tests.guide import quoted
 from tests.ranks import free_port
 
-OF_TWO_HOSTS = [World(rank, 2, 0, "a test", 1) for rank in range(2)]
+HOSTS = [7, 8]  # of two ranks
 VISITOR = """
 import json, sys, time
 from mellow_ds.monitor.links import Links
-from mellow_ds.world import World
 
-links = Links(World(1, 2, 0, "a test", 1))
+links = Links(1, [7, 8])
 links.meet("127.0.0.1", json.loads(sys.argv[1]))
 while not links._ranks: time.sleep(0.01)
 print("met", flush=True)
@@ -41,7 +39,7 @@ from mellow_ds.monitor.watchdog import open_heartbeat
 from mellow_ds.world import World
 
 rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-links = Links(World(rank, 2, 0, "a test", 1))
+links = Links(rank, [7, 8])
 invitation = folder.parent / "invitation"
 if not rank:
     invitation.with_suffix(".new").write_text(json.dumps(links.invitation))
@@ -58,7 +56,7 @@ time.sleep(60)
 @pytest.fixture
 def main() -> Iterator[Links]:
     """Rank 0 of two hosts."""
-    links = Links(OF_TWO_HOSTS[0])
+    links = Links(0, HOSTS)
     links.meet("", links.invitation)
     yield links
     links.close()
@@ -110,7 +108,7 @@ def test_who_does_not_know_the_token_is_sent_away(main: Links) -> None:
             stranger.sendall(said)
             stranger.shutdown(socket.SHUT_WR)
             assert stranger.recv(1) == b""
-    other = Links(OF_TWO_HOSTS[1])
+    other = Links(1, HOSTS)
     other.meet("127.0.0.1", main.invitation)
     soon(lambda: main._ranks)
     soon(lambda: other._ranks)
@@ -122,15 +120,15 @@ def test_who_does_not_know_the_token_is_sent_away(main: Links) -> None:
 
 
 def test_on_one_host_nobody_listens() -> None:
-    assert Links(World(0, 2, 0, "a test", 2)).invitation[0] == 0
-    assert Links(World()).invitation[0] == 0
-    assert Links(OF_TWO_HOSTS[1]).invitation[0] == 0
+    assert Links(0, [7, 7]).invitation[0] == 0
+    assert Links().invitation[0] == 0
+    assert Links(1, HOSTS).invitation[0] == 0
 
 
 def test_a_network_that_does_not_let_them_connect_is_named(caplog: pytest.LogCaptureFixture) -> None:
     port = free_port()
     with caplog.at_level(logging.WARNING, "mellow_ds.monitor"):
-        Links(OF_TWO_HOSTS[1]).meet("127.0.0.1", (port, 1))
+        Links(1, HOSTS).meet("127.0.0.1", (port, 1))
         soon(lambda: caplog.messages)
     consequence = quoted("where a host is lost, train.hang_seconds alone notices it")
     assert caplog.messages == [f"rank 1 cannot connect to 127.0.0.1:{port} (Connection refused): {consequence}"]

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from mellow_ds.monitor.process_id import ProcessId, State, descendants
+from mellow_ds.monitor.process_id import ProcessId, State, descendants, host_number
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 
@@ -84,3 +84,10 @@ def test_descendants_are_those_of_children_too() -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         parent.wait()
+
+
+def test_processes_of_a_host_have_one_number() -> None:
+    """That another network has another is seen where a link is cut (tests/cluster/test_families.py)."""
+    code = "from mellow_ds.monitor.process_id import host_number; print(host_number())"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert int(said) == host_number() < 2**62
