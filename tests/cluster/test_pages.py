@@ -13,7 +13,7 @@ from tests.cluster.runs import START_SECONDS, losses, wrote_steps
 from tests.cluster.slurm import Job, Slurm
 from tests.docs.commands import fenced_commands, mentioned_commands
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(800)]  # many lines, each a start
 LINE_OF_A_PLACE = re.compile("(NODE_RANK|RANK)=")  # typed on each host
 
 
@@ -69,15 +69,24 @@ def test_the_distributed_quick_start(reader: Reader, losses_of_one_host: list[fl
     assert "caption" in said[-1]  # of the report
 
 
-def test_the_launch_guide(reader: Reader, losses_of_one_host: list[float]) -> None:
+def lines_of_the_guide() -> list[str]:
     """What the page before it has shown, in the same run folder or another, is not typed again."""
     lines = dict.fromkeys(fenced_commands(page("launching")) + mentioned_commands(page("launching")))
     lines.pop("mellow-ds launch")  # the command as such
     known = {line.replace(" --save-dir runs/mine", "") for line in fenced_commands(page("distributed"))}
-    places = [line for line in lines if LINE_OF_A_PLACE.match(line)]
-    for line in lines:
-        if line not in places and line.replace(" --save-dir runs/mine", "") not in known:
-            walk(reader, line, losses_of_one_host)
+    return [line for line in lines if line.replace(" --save-dir runs/mine", "") not in known]
+
+
+@pytest.mark.parametrize("third", range(3))
+def test_the_launch_guide(reader: Reader, losses_of_one_host: list[float], third: int) -> None:
+    lines = [line for line in lines_of_the_guide() if not LINE_OF_A_PLACE.match(line)]
+    assert len(lines) > 10
+    for line in lines[third::3]:
+        walk(reader, line, losses_of_one_host)
+
+
+def test_the_launch_guide_by_hand(reader: Reader, losses_of_one_host: list[float]) -> None:
+    places = [line for line in lines_of_the_guide() if LINE_OF_A_PLACE.match(line)]
     assert len(places) == 4
     for pair in (places[:2], places[2:]):
         reader.forget_runs()
