@@ -125,12 +125,8 @@ def _check_shards(config: RunConfig, folders: tuple[str, ...], key: str) -> None
 
 
 def _check_features(config: RunConfig, folder: str) -> None:
-    phases = config.train.phases
-    key = "train.phases" if phases else "model.encoder.freeze_audio_encoder_weights"
-    frees = any("encoder" in phase.train for phase in phases) or (
-        not phases and not config.model.encoder.freeze_audio_encoder_weights
-    )
-    if config.mode == "train" and frees:
+    key = "train.phases" if config.train.phases else "model.encoder.freeze_audio_encoder_weights"
+    if config.mode == "train" and config.trains_encoder:
         raise ConfigError(
             f"{folder} holds features of a frozen encoder, but {key} would train it: keep it frozen, or train on the "
             "shards of the audio"

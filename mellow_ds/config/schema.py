@@ -301,11 +301,15 @@ class RunConfig:
             raise ConfigError(f"distributed_backend is '{self.distributed_backend}'; choose nccl or gloo")
 
     @property
+    def trains_encoder(self) -> bool:
+        """Whether the encoder is trained at some step."""
+        if self.train.phases:
+            return any("encoder" in phase.train for phase in self.train.phases)
+        return not self.model.encoder.freeze_audio_encoder_weights
+
+    @property
     def keeps_random_encoder(self) -> bool:
-        """Whether the encoder stays as it is drawn: frozen from the first step to the last, with weights of nobody."""
+        """Whether the encoder stays as it is drawn: never trained, with weights of nobody."""
         encoder = self.model.encoder
-        frozen = not any("encoder" in phase.train for phase in self.train.phases)
-        if not self.train.phases:
-            frozen = encoder.freeze_audio_encoder_weights
         brings_weights = encoder.use_pretrained_audioencoder or encoder.audioenc_name not in ("HTSAT", "Cnn14")
-        return frozen and not brings_weights and not self.resume_checkpoint
+        return not (self.trains_encoder or brings_weights or self.resume_checkpoint)

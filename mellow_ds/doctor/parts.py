@@ -11,12 +11,7 @@ def check_parts(case: Case) -> list[Finding]:
     """Parts of the model against data, optimizer and stage."""
     found = [*_features(case), *_untrained_encoder(case), *_optimizer(case)]
     if case.model is not None:
-        found += [
-            *_nothing_trained(case.model),
-            *_untrained_encoder(case),
-            *_tied(case, case.model),
-            *_batchnorm(case, case.model),
-        ]
+        found += [*_nothing_trained(case.model), *_tied(case, case.model), *_batchnorm(case, case.model)]
         found += _idle_rates(case, case.model)
     return found
 
@@ -25,10 +20,9 @@ def _features(case: Case) -> list[Finding]:
     if case.shards is None or not case.shards.has_features:
         return []
     config = case.config
-    phases = [phase for phase in config.train.phases if "encoder" in phase.train]
-    trained = bool(phases) if config.train.phases else not config.model.encoder.freeze_audio_encoder_weights
-    if not trained:
+    if not config.trains_encoder:
         return []
+    phases = [phase for phase in config.train.phases if "encoder" in phase.train]
     key = f"train.phases trains the encoder from step {phases[0].from_step}" if phases else (
         "model.encoder.freeze_audio_encoder_weights is false"
     )  # fmt: skip
