@@ -19,13 +19,22 @@ exit codes: 0 done, 1 a fault, 2 a mistake in what was given, 85 stopped and sav
 """
 
 
+class _RunParser(argparse.ArgumentParser):
+    """With the keys of the run configuration in the help, which are put together for nothing else."""
+
+    def format_help(self) -> str:
+        keys = "keys of the run configuration, their defaults and what they mean:\n" + config_help()
+        return f"{super().format_help()}\n{keys}\n"
+
+
 def parse_run_arguments(arguments: list[str], program: str, mode: str = "") -> RunConfig:
     """The checked run configuration that a command line asks for; imports no torch."""
-    parser = argparse.ArgumentParser(
+    parser = _RunParser(
         prog=program,
+        usage=f"{program} --config CONFIG [--section.key VALUE ...]",
         description="Train an audio-language model on shards, or evaluate a checkpoint.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog=_EXAMPLES + "\nkeys of the run configuration with their defaults:\n" + config_help(),
+        epilog=_EXAMPLES,
         allow_abbrev=False,
     )
     recipes = ", ".join(recipe_names())

@@ -1,12 +1,18 @@
 """From a recipe name or YAML file and command-line overrides to a checked `RunConfig`, without importing torch."""
 
+import ast
 import dataclasses
 import difflib
+import functools
+import inspect
+import json
 import logging
 import math
 import re
+import textwrap
 import types
 import typing
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +23,7 @@ from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import ConfigError
 
 RECIPES = Path(__file__).parent.parent / "recipes"
+_INDENT = " " * 8
 _log = logging.getLogger("mellow_ds.config")
 
 
@@ -64,9 +71,21 @@ def known_keys() -> list[str]:
 
 
 def config_help() -> str:
-    """One line a key with its default, for `--help`."""
+    """Each key with its default and, below it, what it means, for `--help`."""
     defaults = _flatten(_plain(dataclasses.asdict(RunConfig())))
-    return "\n".join(f"  --{key} {defaults.get(key, '')!s}" for key in known_keys())
+    lines: list[str] = []
+    for key, section in _fields(RunConfig, ""):
+        meaning = _field_docstrings(section)[key.rpartition(".")[2]]
+        lines += [
+            f"  --{key} {_as_typed(defaults[key])}",
+            *textwrap.wrap(meaning, 110, initial_indent=_INDENT, subsequent_indent=_INDENT),
+        ]
+    return "\n".join(lines)
+
+
+def _as_typed(value: Any) -> str:
+    """A default as it would be typed: text without quotes, unless it is empty."""
+    return value if isinstance(value, str) and value else json.dumps(value)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -128,23 +147,36 @@ def _parse_text(key: str, text: str) -> Any:
         raise ConfigError(f"--{key} {text}: not a value that YAML can read; quote it") from None
 
 
-def _fields(cls: type, prefix: str) -> list[tuple[str, Any]]:
-    """(dotted key, type) of every leaf field."""
+def _fields(cls: type, prefix: str) -> list[tuple[str, type]]:
+    """(dotted key, the dataclass that has it) of every leaf field."""
     hints = typing.get_type_hints(cls)
-    leaves: list[tuple[str, Any]] = []
+    leaves: list[tuple[str, type]] = []
     for field in dataclasses.fields(cls):
         hint = hints[field.name]
         if dataclasses.is_dataclass(hint):
             leaves.extend(_fields(typing.cast(type, hint), f"{prefix}{field.name}."))
         else:
-            leaves.append((prefix + field.name, hint))
+            leaves.append((prefix + field.name, cls))
     return leaves
+
+
+@functools.cache
+def _field_docstrings(cls: type) -> dict[str, str]:
+    """Python keeps no docstrings of fields: they are read where they stand, below each."""
+    (definition,) = ast.parse(inspect.getsource(cls)).body
+    assert isinstance(definition, ast.ClassDef)
+    found: dict[str, str] = {}
+    for line, below in pairwise(definition.body):
+        match line, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = inspect.cleandoc(text)
+    return found
 
 
 def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
     """An instance of the dataclass `cls` from the dotted `values` that begin with `prefix`."""
     if not prefix:
-        known = [key for key, _ in _fields(cls, "")]
+        known = known_keys()
         for key in values:
             if key not in known:
                 near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)

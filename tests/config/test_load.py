@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mellow_ds.config.load import dump_run_config, load_run_config, recipe_names
+from mellow_ds.config.load import config_help, dump_run_config, known_keys, load_run_config, recipe_names
 from mellow_ds.config.schema import MixtureSet, RunConfig
 from mellow_ds.errors import ConfigError
 
@@ -76,6 +76,14 @@ def test_every_recipe_loads_and_survives_a_round_trip(name: str, tmp_path: Path)
 
 def test_the_recipes_that_the_readme_names_are_there() -> None:
     assert {"quickstart", "digits", "mellow", "mellow-gpt2"} <= set(recipe_names())
+
+
+def test_help_says_of_every_key_what_it_is_and_means() -> None:
+    lines = config_help().splitlines()
+    assert [line.split()[0] for line in lines if not line.startswith("   ")] == [f"--{key}" for key in known_keys()]
+    at = lines.index("  --data.sampling_rate 32000")
+    assert lines[at + 1].strip() == "Hz; the shards must have been packed at this rate."
+    assert {'  --deepspeed_config ""', "  --data.shuffle true", "  --engine auto"} <= set(lines)
 
 
 def test_a_yaml_of_mellow_is_read_and_its_idle_keys_named_once(
