@@ -91,6 +91,10 @@ class Output:
         """What the run came to."""
         self._put(sys.stderr, f"error: {text}")
 
+    def errors(self, rank: int) -> list[str]:
+        """Those of a rank's last lines that tell of an error."""
+        return [line for line in self.last_lines[rank] if line.startswith("error: ")]
+
     def repeat(self, rank: int) -> None:
         """Show the last lines of a rank again."""
         for text in list(self.last_lines[rank]):

@@ -285,21 +285,30 @@ class Watch:
         return End((by_signal or ends or [EXIT_DONE])[0])
 
     def _blame(self, failure: _Failure, heard: int, codes: Mapping[int, int]) -> _Failure:
-        """The rank that failed first: where the one heard first, `heard`, names another one, that."""
-        for line in reversed(self._output.last_lines[heard]):
-            named = _BLAMED.search(line)
-            if named and codes.get(int(named[1]), 0) not in _ORDERLY:
-                rank = int(named[1])
-                return _Failure(_describe(self._plan.label(rank), codes[rank]), _shell_code(codes[rank]), rank)
-        return failure
+        """The rank that failed first: where the one heard first, `heard`, names another one, that.
+
+        Where it said nothing, one that ended with the same code and said why: a mistake that all find is said by one.
+        """
+        lines = self._output.last_lines
+        named = [int(found[1]) for line in lines[heard] if (found := _BLAMED.search(line))]
+        blamed = [rank for rank in reversed(named) if codes.get(rank, 0) not in _ORDERLY]
+        if not lines[heard]:
+            blamed = [rank for rank, code in codes.items() if code == codes[heard] and self._output.errors(rank)]
+        if not blamed:
+            return failure
+        rank = blamed[0]
+        return _Failure(_describe(self._plan.label(rank), codes[rank]), _shell_code(codes[rank]), rank)
 
     def _report(self, failure: _Failure) -> int:
-        """Show what failed first: its last lines, and as the very last line what they come to."""
+        """Show what failed first: its last lines, if there are more, and as the very last line what they come to."""
         assert failure.rank is not None
-        self._output.note(f"{failure.what}; the last that it said ({self._output.where(failure.rank)}):")
-        self._output.repeat(failure.rank)
-        said = [line for line in self._output.last_lines[failure.rank] if line.startswith("error: ")]
-        message = f": {said[-1].removeprefix('error: ')}" if said else f"; {self._output.where(failure.rank)}"
+        errors, lines = self._output.errors(failure.rank), self._output.last_lines[failure.rank]
+        if list(lines) != errors[-1:]:
+            self._output.note(f"{failure.what}; the last that it said ({self._output.where(failure.rank)}):")
+            self._output.repeat(failure.rank)
+        message = f"; {self._output.where(failure.rank)}"
+        if errors:
+            message = ": " + errors[-1].removeprefix("error: ").removeprefix(f"rank {failure.rank}: ")
         self._output.error(f"{failure.what}{message}")
         return failure.code
 

@@ -107,7 +107,7 @@ def test_a_full_disk_of_one_host_ends_the_run(hosts: Hosts, tmp_path: Path) -> N
             launched.wait_for("is full", seconds=START_SECONDS)
             began = time.monotonic()
             assert launched.end() == 1, launched.said()[-3000:]
-            what = f"rank 1: {quoted('the disk of data.cache_folder')} {cache} is full: "
+            what = f"{quoted('the disk of data.cache_folder')} {cache} is full: "
             expected = f"error: rank 1 on host node2 ended with code 1: {what}"
             assert launched.last_line.startswith(expected), launched.said()[-3000:]
             assert wrote_steps(run, 1)

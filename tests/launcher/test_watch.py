@@ -74,11 +74,15 @@ def test_much_output_arrives_whole_and_in_order(tmp_path: Path) -> None:
         # the one that is heard first names the one that failed first
         ("time.sleep(2 * rank)\nsys.exit(9 if rank else 'error: rank 0: ended because rank 1 failed first: x')",
          9, "error: rank 1 ended with code 9; it has no log: no --log-dir"),
+        # a mistake that all find is said by one, whoever ends first
+        ("time.sleep(1 - rank)\nprint('' if rank else 'error: rank 0: x', end='', file=sys.stderr)\nsys.exit(2)",
+         2, "error: rank 0 ended with code 2: x"),
     ],
 )  # fmt: skip
 def test_the_first_failing_rank_is_said_last(tmp_path: Path, code: str, result: int, last: str) -> None:
     found, _, err = ended(launching(tmp_path, code))
     assert (found, err[-1]) == (result, last)
+    assert len(err) == len(set(err))
     assert not processes_of(tmp_path)
 
 
