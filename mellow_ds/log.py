@@ -1,6 +1,8 @@
 """One clear log a run: rank 0 speaks and writes the run's file, the others are quiet below WARNING."""
 
+import contextlib
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -33,3 +35,14 @@ def setup_logging(world: World, file: Path | None = None) -> logging.Logger:
         handler.setFormatter(formatter)
         logger.addHandler(handler)
     return logger
+
+
+def append_to_log_file(text: str) -> None:
+    """Lines for the run's file alone, where this rank has one: what stderr gets in a form of its own.
+
+    Past the locks of logging, which another thread may hold for ever.
+    """
+    for handler in logging.getLogger("mellow_ds").handlers:
+        if isinstance(handler, logging.FileHandler) and handler.stream is not None:
+            with contextlib.suppress(OSError):
+                os.write(handler.stream.fileno(), f"{text}\n".encode(errors="backslashreplace"))

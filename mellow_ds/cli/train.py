@@ -16,7 +16,7 @@ from mellow_ds.data.shard_source import open_source
 from mellow_ds.ds_config import read_engine_json, zero_stage
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
 from mellow_ds.launcher.lifeline import hold_on
-from mellow_ds.log import setup_logging
+from mellow_ds.log import append_to_log_file, setup_logging
 from mellow_ds.monitor.heartbeat import one_line
 from mellow_ds.stopping import StopRequest
 from mellow_ds.world import World
@@ -38,14 +38,13 @@ def main(arguments: list[str] | None = None, program: str = "train.py", mode: st
     except MellowError as error:
         # before anything is started all ranks find the same mistake: one line is enough
         if world.is_main or checked:
-            print(f"error: {_rank_prefix(world)}{error}", file=sys.stderr, flush=True)
+            _say_error(world, str(error))
         return _failed(error.exit_code)
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except Exception as error:
         traceback.print_exc()
-        what = f"unexpected fault, see the traceback above: {one_line(error)}"
-        print(f"error: {_rank_prefix(world)}{what}", file=sys.stderr, flush=True)
+        _say_error(world, f"unexpected fault, see the traceback above: {one_line(error)}", traceback.format_exc())
         return _failed(EXIT_FAULT)
 
 
@@ -188,5 +187,8 @@ def _failed(exit_code: int) -> int:
     return exit_code
 
 
-def _rank_prefix(world: World) -> str:
-    return f"rank {world.rank}: " if world.size > 1 else ""
+def _say_error(world: World, what: str, details: str = "") -> None:
+    """The last line of a rank that fails, on stderr and, with what stands above it there, in the log of the run."""
+    line = f"error: {f'rank {world.rank}: ' if world.size > 1 else ''}{what}"
+    print(line, file=sys.stderr, flush=True)
+    append_to_log_file(details + line)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from mellow_ds.errors import EXIT_FAULT
+from mellow_ds.log import append_to_log_file
 from mellow_ds.monitor.endings import Ending, first_ending, tell_torchrun
 from mellow_ds.monitor.heartbeat import (
     Heartbeat,
@@ -173,7 +174,7 @@ class Watchdog:
         if self._stopping.wait(seconds):
             return
         if not is_own and not self._heartbeat.has_failed:
-            _say(f"error: rank {self._world.rank}: {quoted(first)}")
+            self._say(f"error: rank {self._world.rank}: {quoted(first)}")
         _end(first.exit_code)
 
     def _end_still(self, first: Ending, silent: Seen | None) -> NoReturn:
@@ -181,10 +182,12 @@ class Watchdog:
         rank = self._world.rank
         if first.rank == rank:
             tell_torchrun(first.message, os.environ.get("TORCHELASTIC_ERROR_FILE"))
-            _say(f"error: {first.message}")
+            self._say(f"error: {first.message}")
+        else:
+            self._files.ask(lambda: append_to_log_file(f"error: {first.message}"))
         lines = main_thread_lines()
         self._files.ask(lambda: dump_stacks(stacks_path(self._heartbeat.folder, rank)))
-        _say("\n".join([f"rank {rank} stands at (innermost call last):", *(f"  {line}" for line in lines)]))
+        self._say("\n".join([f"rank {rank} stands at (innermost call last):", *(f"  {line}" for line in lines)]))
         time.sleep(_SECONDS_FOR_STACKS + self._tick_seconds)
         processes = [*(self._files.ask(self._heartbeat.neighbours) or {}).values(), *descendants(os.getpid())]
         unable = [process for process in processes if process.state() == "stopped"]
@@ -193,6 +196,12 @@ class Watchdog:
         for process in unable:  # to end by themselves; a launcher, where there is one, would take half a minute
             process.kill()
         _end(first.exit_code)
+
+    def _say(self, text: str) -> None:
+        """To stderr, past its buffer and its lock, which the training thread may hold, and to the log of the run."""
+        with contextlib.suppress(OSError):
+            os.write(2, f"{text}\n".encode(errors="backslashreplace"))
+        self._files.ask(lambda: append_to_log_file(text))
 
 
 class WatchedHeartbeat(RankHeartbeat):
@@ -238,12 +247,6 @@ class _Patience:
         self._asked.start()
         self._asked.join(self._seconds)
         return answers[0] if answers else None
-
-
-def _say(text: str) -> None:
-    """To stderr, past its buffer and its lock, which the training thread may hold."""
-    with contextlib.suppress(OSError):
-        os.write(2, f"{text}\n".encode(errors="backslashreplace"))
 
 
 def _end(exit_code: int) -> NoReturn:

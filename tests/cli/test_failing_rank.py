@@ -120,6 +120,7 @@ def test_bare_processes_end_one_another_in_the_words_of_the_first(place: str, sh
     assert last_line(ranks[0].stderr) == (
         f"error: rank 0: {quoted('ended because rank 1 failed first')}: ValueError: {MESSAGE}"
     )  # fmt: skip
+    assert last_line((tmp_path / "log.txt").read_text()) == last_line(ranks[0].stderr)
     assert "Traceback" not in ranks[0].stderr
     assert not list(tmp_path.glob("checkpoints/step-*"))
 

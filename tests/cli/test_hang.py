@@ -60,6 +60,7 @@ def test_a_loader_process_that_delivers_nothing(shards: Path, tmp_path: Path) ->
         assert not loader.is_running() or loader.status() == psutil.STATUS_ZOMBIE
     assert (first.returncode, second.returncode) == (1, 1)
     (found,) = BEHIND.findall(first.stderr + second.stderr)
+    assert BEHIND.findall((tmp_path / "log.txt").read_text()) == [found]  # whichever rank said it
     assert found[0] == "1"
     assert found[2].startswith(quoted("stands in fetch") + " of step ")
     assert ", at data/loader.py:" in found[2]  # of our own code; the call that blocks is one of Python's
