@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from mellow_ds.errors import run_command
 from mellow_ds.log import setup_logging
+from mellow_ds.option_parser import OptionParser
 from mellow_ds.world import World
 from shards import audit, build, features, inspect, merge, plan, synthesize, verify
 
@@ -28,14 +29,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
     if rest and not options.takes_overrides:
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+        options.parser.error(f"unrecognized arguments: {' '.join(rest)}")
     options.overrides = rest
     setup_logging(World())
     return run_command(lambda: options.handler(options))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="mellow-shards",
         description=_DESCRIPTION,
         epilog=_EXAMPLES,

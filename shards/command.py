@@ -19,7 +19,7 @@ def add_command(
         epilog=epilog,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(handler=handler, takes_overrides=False)
+    parser.set_defaults(handler=handler, parser=parser, takes_overrides=False)
     return parser
 
 

@@ -7,6 +7,7 @@ from mellow_ds.cli.arguments import read_overrides
 from mellow_ds.config.load import load_run_config
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import EXIT_DONE, ConfigError
+from mellow_ds.option_parser import OptionParser
 
 _EXAMPLES = """
 The kind and sizes of the encoder come from the checkpoint; --config (default: mellow) and keys after it say which
@@ -38,7 +39,7 @@ def main(arguments: list[str], program: str) -> int:
 
 def parse_arguments(arguments: list[str], program: str) -> tuple[argparse.Namespace, RunConfig]:
     """The options, and the run configuration that names the decoder."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program,
         description="Write a checkpoint of the original Mellow as a model folder of this project.",
         epilog=_EXAMPLES,

@@ -10,6 +10,7 @@ from mellow_ds.cli.arguments import parse_run_arguments
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.ds_config import read_engine_json
 from mellow_ds.errors import EXIT_DONE, EXIT_USER, ConfigError, MellowError
+from mellow_ds.option_parser import OptionParser
 
 _DESCRIPTION = """Read run configuration, engine JSON, model sizes, shard manifests and machine together, and say what
 will not work or will be slow, each with its reason and its cure. Nothing is started and nothing but manifests is
@@ -74,7 +75,7 @@ def _is_about_hosts(arguments: list[str]) -> bool:
 
 
 def _parse(arguments: list[str], program: str) -> tuple[argparse.Namespace, RunConfig]:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program, description=_DESCRIPTION, epilog=_EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from mellow_ds.errors import EXIT_DONE, CheckpointError, ConfigError
+from mellow_ds.option_parser import OptionParser
 
 if TYPE_CHECKING:
     import torch
@@ -39,7 +40,7 @@ def main(arguments: list[str], program: str) -> int:
 
 def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program,
         description="Write a step of a run as a model folder, merged, and prove that it computes the same.",
         epilog=_EXAMPLES,

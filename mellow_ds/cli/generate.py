@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mellow_ds.errors import EXIT_DONE, ConfigError
+from mellow_ds.option_parser import OptionParser
 
 if TYPE_CHECKING:
     from mellow_ds.packing.records import Record
@@ -52,7 +53,7 @@ def main(arguments: list[str], program: str) -> int:
 
 def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program,
         description="Answer a question about one or more audio files.",
         epilog=_EXAMPLES,

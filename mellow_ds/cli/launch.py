@@ -23,6 +23,7 @@ from mellow_ds.launcher.plan import (
     rank_command,
 )
 from mellow_ds.launcher.remote import host_command, local_hosts
+from mellow_ds.option_parser import OptionParser
 
 _STOP_SECONDS = 300.0
 _MAX_RESTARTS = 3
@@ -66,7 +67,7 @@ def main(arguments: list[str], program: str) -> int:
 
 def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     """Options, and as `command` what stands after `--`."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program, usage=f"{program} [options] -- train.py --config ...", description=_DESCRIPTION,
         epilog=_EXAMPLES, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

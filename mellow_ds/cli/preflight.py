@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import EXIT_DONE, EXIT_USER, ConfigError
 from mellow_ds.launcher.plan import LaunchPlan
+from mellow_ds.option_parser import OptionParser
 
 # of `mellow-ds launch`, taken here with the same meaning
 _LAUNCH_OPTIONS = (
@@ -71,7 +72,7 @@ def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
 
 
 def _parse(arguments: list[str], program: str) -> _Asked:
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program, description=_DESCRIPTION, epilog=_EXAMPLES, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, ConfigError
+from mellow_ds.option_parser import OptionParser
 
 _EXAMPLES = """
 examples:
@@ -34,7 +35,7 @@ def main(arguments: list[str], program: str) -> int:
 
 def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program,
         description="Show the newest evaluation of a run, its speed, and where its files are.",
         epilog=_EXAMPLES,

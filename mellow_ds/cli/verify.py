@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT
+from mellow_ds.option_parser import OptionParser
 
 _DESCRIPTION = """
 Train a small made-up model on CPU processes of this machine, by every back end and ZeRO stage, and compare. Needs no
@@ -46,7 +47,7 @@ def main(arguments: list[str], program: str) -> int:
 
 def parse_arguments(arguments: list[str], program: str) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog=program, description=_DESCRIPTION, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="what", required=True, metavar="{equivalence,resume,checkpoints}")

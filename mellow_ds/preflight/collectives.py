@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, ConfigError, MellowError, run_command
+from mellow_ds.option_parser import OptionParser
 from mellow_ds.preflight.network import address_towards, interfaces, is_loopback, name_address
 from mellow_ds.world import World
 
@@ -46,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="python -m mellow_ds.preflight.collectives",
         description="Check and measure the collectives that training uses, between the ranks of this start.",
     )

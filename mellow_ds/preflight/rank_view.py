@@ -18,6 +18,7 @@ from pathlib import Path
 
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_USER, MellowError
 from mellow_ds.launcher.environment import is_secret
+from mellow_ds.option_parser import OptionParser
 from mellow_ds.preflight.compare import odd_ones
 from mellow_ds.preflight.facts import GpuFacts
 from mellow_ds.preflight.look import look_at_gpus, look_at_python
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     """The options."""
-    parser = argparse.ArgumentParser(
+    parser = OptionParser(
         prog="check_env.py", description="Show what each rank of a start sees, side by side; what differs is marked *."
     )
     parser.add_argument(

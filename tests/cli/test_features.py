@@ -128,7 +128,7 @@ def test_what_features_cannot_do_is_said_before_torch_is_needed(
 
 
 def test_features_of_no_weights_or_of_features_are_refused(
-    shards: Path, features: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    shards: Path, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["features", "--shards", str(shards / "test"), "--out", str(tmp_path / "out")]
     assert shards_main([*arguments, "--config", "quickstart"]) == 2
@@ -137,6 +137,3 @@ def test_features_of_no_weights_or_of_features_are_refused(
     assert "is no option beside --checkpoint" in capsys.readouterr().err
     assert shards_main([*arguments, "--checkpoint", str(tmp_path)]) == 2
     assert "has no config.json: name a step folder" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        shards_main(["inspect", str(features), "--nonsense"])
-    assert "unrecognized arguments: --nonsense" in capsys.readouterr().err

@@ -10,6 +10,10 @@ import pytest
 
 from mellow_ds.cli.main import main
 from mellow_ds.cli.train import main as train_main
+from mellow_ds.config.schema import RunConfig
+from mellow_ds.log import setup_logging
+from mellow_ds.world import World
+from shards.cli import main as shards_main
 from tests.cli.runs import ROOT
 from tests.guide import quoted
 
@@ -90,6 +94,43 @@ def test_commands_that_are_none(capsys: pytest.CaptureFixture[str]) -> None:
     assert "run folder no-run is not there" in capsys.readouterr().err
     assert main(["report", "docs"]) == 2
     assert "docs has no evaluation results" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        (shards_main, "build --jsn x --audio-root y --out z: --jsn is not one of its options; did you mean --json?"),
+        (shards_main, "build --json x --audio-root y --out z --nonsense 3: --nonsense is not one of its options"),
+        (shards_main, "build --json x --audio-root y: the following arguments are required: --out"),
+        (main, "generate --chekpoint=x: --chekpoint is not one of its options; did you mean --checkpoint?"),
+        (main, "report a b: unrecognized arguments: b"),
+        (main, "launch --num-per-host x -- train.py: argument --num-per-host: invalid int value: 'x'"),
+    ],
+)
+def test_a_wrong_option_is_one_line_with_the_one_that_was_meant(
+    command: Callable[[list[str]], int], line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, _, message = line.partition(": ")
+    words = given.split()
+    with pytest.raises(SystemExit) as ended:
+        command(words)
+    program = f"{'mellow-ds' if command is main else 'mellow-shards'} {words[0]}"
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == f"error: {program}: {message}; see {program} --help\n"
+
+
+def test_an_unexpected_fault_stands_in_the_log_of_the_run(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, shards: Path
+) -> None:
+    def fail(_config: RunConfig, world: World) -> int:
+        setup_logging(world, tmp_path / "log.txt")
+        raise ValueError("no good")
+
+    monkeypatch.setattr("mellow_ds.cli.train.run", fail)
+    assert train_main(["--config", "quickstart", "--data.shards", str(shards / "train")]) == 1
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    assert lines[0] == "Traceback (most recent call last):"
+    assert lines[-1].startswith("error: unexpected fault, see the traceback above: ValueError: no good")
 
 
 def test_a_python_without_the_packages_is_named() -> None:
