@@ -45,7 +45,8 @@ ranks --deepspeed_config ds_configs/zero2.json --data.shards "$folder/shards/tra
 checkpoint=$(find "$folder/run/checkpoints" -maxdepth 1 -name 'step-*' | sort | tail -n 1)
 if [ ! -f "$folder/run/evaluation/$(basename "$checkpoint")/results.json" ]; then
     say "evaluation on held-out clips, with their audio and with silence"
-    ranks --mode evaluate_checkpoint --checkpoint_path "$checkpoint" --data.eval_shards "$folder/shards/test"
+    ranks --mode evaluate_checkpoint --checkpoint_path "$checkpoint" --data.eval_shards "$folder/shards/test" \
+        >/dev/null # the table, which comes again at the end
 fi
 
 say "answers to three questions about held-out clips"

@@ -24,7 +24,7 @@ def describe_report(report: "Report", done: str) -> str:
     if report.rejected:
         lines.append(f"{out / 'rejected.jsonl'} names each rejected record")
     if report.num_reused and not report.was_finished:
-        lines.append(f"{report.num_reused} shards were taken over from an interrupted build")
+        lines.append(f"shards taken over from an interrupted build: {report.num_reused}")
     return "\n".join(lines)
 
 

@@ -275,7 +275,8 @@ def _say_what_runs(
             "the encoder is frozen and has no weights but random ones: name some by "
             "model.encoder.pretrained_audioencoder_path, or set model.encoder.freeze_audio_encoder_weights to false"
         )
-    _log.info("%s on %d ranks (started by %s)", engine_name, world.size, world.launcher)
+    ranks = "one rank" if world.size == 1 else f"{world.size} ranks, started by {world.launcher}"
+    _log.info("%s on %s", engine_name, ranks)
     _log.info(
         "%.1f M parameters, %.1f M trained (%s); %d examples of %d clips",
         sum(number for number, _ in counts) / 1e6, trained / 1e6,

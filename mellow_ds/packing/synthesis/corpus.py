@@ -131,7 +131,7 @@ def _write_clips(out: Path, scenes: list[Scene], audio_format: str, sample_rate:
         (out, scenes[start : start + _CLIPS_A_TASK], audio_format, sample_rate)
         for start in range(0, len(scenes), _CLIPS_A_TASK)
     ]
-    with tqdm(total=len(scenes), desc="synthesize", unit="clip", disable=not scenes) as bar:
+    with tqdm(total=len(scenes), desc="synthesize", unit="clip", disable=None if scenes else True) as bar:
         for num_written in _run(tasks, min(workers, len(tasks))):
             bar.update(num_written)
 
