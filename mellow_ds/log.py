@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mellow_ds.world import World
 
+ALIKE = {"alike": True}  # `extra` of a warning that all ranks come to: rank 0 says it for them
 _FORMAT = "%(asctime)s %(levelname)s %(message)s"
 
 
@@ -33,6 +34,8 @@ def setup_logging(world: World, file: Path | None = None) -> logging.Logger:
         handlers.append(logging.FileHandler(file, encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
+        if not world.is_main:
+            handler.addFilter(lambda record: not getattr(record, "alike", False))
         logger.addHandler(handler)
     return logger
 

@@ -17,6 +17,7 @@ from mellow_ds.engine.protocol import Engine, StepResult
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
 from mellow_ds.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, FaultError, SaveError
 from mellow_ds.evaluation.eval_loss import EvalLoss
+from mellow_ds.log import ALIKE
 from mellow_ds.monitor.heartbeat import Heartbeat
 from mellow_ds.monitor.monitor import Monitor, StepRecord
 from mellow_ds.stopping import StopRequest, TimeBudget
@@ -120,7 +121,7 @@ class Trainer:
             self._checkpoints.leave()
             raise
         if exit_code:
-            _log.warning("asked to stop after step %d; start again to go on", self.progress.step)
+            _log.warning("asked to stop after step %d; start again to go on", self.progress.step, extra=ALIKE)
         return exit_code
 
     def _run_steps(self) -> int:

@@ -16,7 +16,7 @@ from mellow_ds.data.shard_source import open_source
 from mellow_ds.ds_config import read_engine_json, zero_stage
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
 from mellow_ds.launcher.lifeline import hold_on
-from mellow_ds.log import append_to_log_file, setup_logging
+from mellow_ds.log import ALIKE, append_to_log_file, setup_logging
 from mellow_ds.monitor.heartbeat import one_line
 from mellow_ds.stopping import StopRequest
 from mellow_ds.world import World
@@ -76,7 +76,8 @@ def check_inputs(config: RunConfig, world: World) -> None:
         )
     _check_step_folder("--checkpoint_path", Path(config.resume_checkpoint))
     if not config.data.eval_shards:
-        _log.warning("data.eval_shards is empty: what is scored are the examples of data.shards or data.datafiles")
+        what = "data.eval_shards is empty: what is scored are the examples of data.shards or data.datafiles"
+        _log.warning(what, extra=ALIKE)
     if not needs_packing(config):
         _check_shards(config, config.data.eval_shards or config.data.train_shards, "data.eval_shards")
 

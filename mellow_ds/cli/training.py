@@ -29,6 +29,7 @@ from mellow_ds.engine.build import build_engine, shards_parameters
 from mellow_ds.engine.protocol import Engine
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
 from mellow_ds.errors import CheckpointError, ConfigError
+from mellow_ds.log import ALIKE
 from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer, unfrozen_parts
 from mellow_ds.model.blocks import compile_blocks, recompute_activations
 from mellow_ds.model.fingerprint import check_features
@@ -273,7 +274,8 @@ def _say_what_runs(
     if config.keeps_random_encoder and reader.features is None:
         _log.warning(
             "the encoder is frozen and has no weights but random ones: name some by "
-            "model.encoder.pretrained_audioencoder_path, or set model.encoder.freeze_audio_encoder_weights to false"
+            "model.encoder.pretrained_audioencoder_path, or set model.encoder.freeze_audio_encoder_weights to false",
+            extra=ALIKE,
         )
     ranks = "one rank" if world.size == 1 else f"{world.size} ranks, started by {world.launcher}"
     _log.info("%s on %s", engine_name, ranks)

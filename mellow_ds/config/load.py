@@ -21,6 +21,7 @@ import yaml
 from mellow_ds.config.mellow_keys import NEVER_READ, RENAMED
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.errors import ConfigError
+from mellow_ds.log import ALIKE
 
 RECIPES = Path(__file__).parent.parent / "recipes"
 _INDENT = " " * 8
@@ -131,7 +132,7 @@ def _translate_mellow(values: dict[str, Any], source: str) -> dict[str, Any]:
     ignored = [key for key in values if key in NEVER_READ]
     if ignored:
         notes = [f"{key} ({NEVER_READ[key]})" if NEVER_READ[key] else key for key in ignored]
-        _log.warning("%s: keys without effect, as in Mellow: %s", source, "; ".join(notes))
+        _log.warning("%s: keys without effect, as in Mellow: %s", source, "; ".join(notes), extra=ALIKE)
     translated: dict[str, Any] = {}
     for key, value in values.items():
         if key in RENAMED and value in ("", None):

@@ -4,14 +4,16 @@ import logging
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.ds_config import StepShape, zero_stage
 from mellow_ds.engine.extension_lock import check_extension_locks
 from mellow_ds.engine.protocol import Engine
-from mellow_ds.engine.step import all_true
+from mellow_ds.engine.step import all_true, first_rank_where
 from mellow_ds.errors import ConfigError, FaultError, MellowError
+from mellow_ds.log import ALIKE
 from mellow_ds.model.meta import ReadWeight, materialise
 
 _log = logging.getLogger("mellow_ds.engine")
@@ -34,17 +36,20 @@ def build_engine(
     if read_weight is not None and not shards_parameters(kind, engine_json):
         materialise(model, model, read_weight)
     if kind == "auto" and config.optimizer_type == "Muon":
-        _log.warning("engine auto: Muon needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed")
+        what = "engine auto: Muon needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed"
+        _log.warning(what, extra=ALIKE)
         kind = "fsdp"
     if kind != "fsdp":
         engine, reason = _try_deepspeed(model, engine_json, shape, config, device, read_weight)
         if engine is not None:
             return engine
         if kind == "deepspeed":
+            reason = reason or "DeepSpeed cannot be used on another rank"
             raise ConfigError(f"engine deepspeed: {reason}; install it (see README.md), or take engine auto or fsdp")
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise FaultError(f"DeepSpeed failed half-way ({reason}): start again with engine fsdp")
-        _log.warning("engine auto: %s; FSDP2 takes its place", reason)
+        if first_rank_where(bool(reason), device) == dist.get_rank():  # one says it, and it knows why
+            _log.warning("engine auto: %s; FSDP2 takes its place", reason)
     from mellow_ds.engine.fsdp_engine import FSDPEngine
 
     return FSDPEngine(model, engine_json, shape, config, device, read_weight)
@@ -63,7 +68,10 @@ def _try_deepspeed(
     device: torch.device,
     read_weight: ReadWeight | None,
 ) -> tuple[Engine | None, str]:
-    """(the engine, "") or (None, why there is none), on all ranks alike. What the user has to correct is raised."""
+    """(the engine, "") or (None, why), one of them on all ranks; why is "" where it is another rank's doing.
+
+    What the user has to correct is raised.
+    """
     engine, reason = None, ""
     try:
         from mellow_ds.engine.deepspeed_engine import DeepSpeedEngine
@@ -81,7 +89,7 @@ def _try_deepspeed(
             reason = f"DeepSpeed cannot be initialised ({_first_line(error)})"
         if all_true(engine is not None, device):
             return engine, ""
-    return None, reason or "DeepSpeed cannot be used on another rank"
+    return None, reason
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from mellow_ds.config.train_keys import PARTS, TrainConfig
+from mellow_ds.log import ALIKE
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and its kin keep of a parameter, beside a count
 MUON_MOMENTS = ("momentum_buffer",)
@@ -62,7 +63,8 @@ def torch_optimizer(groups: list[dict[str, Any]], config: TrainConfig) -> tuple[
     """torch's AdamW or Adam in its fused form, and its name for the log. Lamb becomes AdamW, and it is said."""
     kind = config.optimizer_type
     if kind == "Lamb":
-        _log.warning("train.optimizer_type Lamb: no FusedLamb can be had here; torch fused AdamW takes its place")
+        what = "train.optimizer_type Lamb: no FusedLamb can be had here; torch fused AdamW takes its place"
+        _log.warning(what, extra=ALIKE)
     chosen = torch.optim.Adam if kind == "Adam" else torch.optim.AdamW
     optimizer = chosen(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps, fused=True)
     return optimizer, f"torch fused {chosen.__name__}"

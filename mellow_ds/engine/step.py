@@ -127,3 +127,10 @@ def all_true(ok: bool, device: torch.device) -> bool:
     flag = torch.tensor(int(ok), device=device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)
+
+
+def first_rank_where(it_holds: bool, device: torch.device) -> int:
+    """The lowest rank on which it holds, or the world size (a collective call)."""
+    first = torch.tensor(dist.get_rank() if it_holds else dist.get_world_size(), device=device)
+    dist.all_reduce(first, op=dist.ReduceOp.MIN)
+    return int(first)

@@ -163,7 +163,7 @@ def check_fallback(world: World) -> None:
     arguments = ({"zero_optimization": {"stage": 2}}, shape(world, 1), TRAIN, torch.device("cpu"))
     engine = build_engine("auto", small_model(seed=1), *arguments)
     assert engine.name.startswith("FSDP2 stage 2")
-    assert sum("FSDP2 takes its place" in line for line in lines) == 1
+    assert sum("FSDP2 takes its place" in line for line in lines) == world.rank  # one says it, which knows why
     if world.rank == 1:
         assert "DeepSpeed cannot be imported" in lines[0]
         with pytest.raises(ConfigError, match="engine deepspeed: DeepSpeed cannot be imported"):
@@ -185,10 +185,8 @@ def check_fallback(world: World) -> None:
         DeepSpeedEngine.__init__ = lambda *_: None  # type: ignore[method-assign,assignment]
     engine = build_engine("auto", small_model(seed=1), *arguments)
     assert engine.name.startswith("FSDP2 stage 2")
-    reason = "initialised (no accelerator)" if world.rank == 0 else "used on another rank"
-    assert [line for line in lines if "takes its place" in line] == [
-        f"engine auto: DeepSpeed cannot be {reason}; FSDP2 takes its place"
-    ]
+    said = ["engine auto: DeepSpeed cannot be initialised (no accelerator); FSDP2 takes its place"]
+    assert [line for line in lines if "takes its place" in line] == (said if world.rank == 0 else [])
 
 
 def test_where_one_rank_has_no_deepspeed_all_take_fsdp_and_say_so() -> None:
