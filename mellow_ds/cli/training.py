@@ -277,7 +277,7 @@ def _say_what_runs(
             "model.encoder.pretrained_audioencoder_path, or set model.encoder.freeze_audio_encoder_weights to false",
             extra=ALIKE,
         )
-    ranks = "one rank" if world.size == 1 else f"{world.size} ranks, started by {world.launcher}"
+    ranks = "1 rank" if world.size == 1 else f"{world.size} ranks, started by {world.launcher}"
     _log.info("%s on %s", engine_name, ranks)
     _log.info(
         "%.1f M parameters, %.1f M trained (%s); %d examples of %d clips",

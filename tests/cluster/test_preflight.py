@@ -14,7 +14,15 @@ import pytest
 
 from tests.cli.runs import ROOT, environment
 from tests.cluster.hosts import FRONT, INTERFACE, Hosts
-from tests.cluster.runs import START_SECONDS, all_processes, assert_nothing_is_left, hold_port, launch, started
+from tests.cluster.runs import (
+    START_SECONDS,
+    all_processes,
+    assert_nothing_is_left,
+    environment_file,
+    hold_port,
+    launch,
+    started,
+)
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
 SECONDS = 40  # for all rounds, one of them held up by a host that hangs
@@ -157,7 +165,7 @@ def test_what_each_rank_sees_side_by_side(hosts: Hosts) -> None:
 def test_collectives_between_hosts(hosts: Hosts) -> None:
     """`launch/test_distributed.sh`: right values, a table, the link between the hosts, and one line."""
     command = ["bash", "launch/test_distributed.sh", "1", hosts.hostfile, "--ssh-config", hosts.ssh_config,
-               "--interface", INTERFACE, "--", "--max-megabytes", "1"]  # fmt: skip
+               "--interface", INTERFACE, "--env-file", environment_file(hosts), "--", "--max-megabytes", "1"]  # fmt: skip
     with started(hosts.on(FRONT, list(map(str, command))), hosts.folder / "said", environment()) as launched:
         assert launched.end(START_SECONDS) == 0, launched.said()
     said = launched.said().replace("[node1 rank 0] ", "")
