@@ -165,7 +165,8 @@ def test_what_each_rank_sees_side_by_side(hosts: Hosts) -> None:
 def test_collectives_between_hosts(hosts: Hosts) -> None:
     """`launch/test_distributed.sh`: right values, a table, the link between the hosts, and one line."""
     command = ["bash", "launch/test_distributed.sh", "1", hosts.hostfile, "--ssh-config", hosts.ssh_config,
-               "--interface", INTERFACE, "--env-file", environment_file(hosts), "--", "--max-megabytes", "1"]  # fmt: skip
+               "--interface", INTERFACE, "--env-file", environment_file(hosts),
+               "--", "--max-megabytes", "1"]  # fmt: skip
     with started(hosts.on(FRONT, list(map(str, command))), hosts.folder / "said", environment()) as launched:
         assert launched.end(START_SECONDS) == 0, launched.said()
     said = launched.said().replace("[node1 rank 0] ", "")
