@@ -140,6 +140,17 @@ make_plan() {
     eval "$plan"
 }
 
+# Sets DROPPED, options of `env` that keep from DeepSpeed's runner what it would send by itself, secrets as well, and with
+# quotes that no shell takes off. What travels is in the plan.
+# shellcheck disable=SC2034
+drop_from_runner() {
+    local name
+    DROPPED=()
+    while read -r name; do
+        if [[ "$name" =~ ^(MLFLOW|PYTHON|MV2|UCX|NCCL) ]]; then DROPPED+=(-u "$name"); fi
+    done < <(compgen -e)
+}
+
 # Prints what a dry run says: the command, and the variables that travel.
 show_run() {
     printf 'would run, in %s:\n  ' "$PWD"

@@ -31,27 +31,12 @@ reach_pdsh_hosts() {
 }
 
 tie_pdsh() {
-    local name options
-    MELLOW_TEMPORARY=$(mktemp -d)
-    # shellcheck disable=SC2064
-    trap "rm -rf $(quoted "$MELLOW_TEMPORARY")" EXIT
-    mkdir "$MELLOW_TEMPORARY/bin"
-    for name in pdsh ssh; do
-        options=(--code "$MELLOW_TEMPORARY/code")
-        if [[ $name == ssh ]]; then options=(--lost "$MELLOW_TEMPORARY/lost" "$$" "$PDSH_HOSTS"); fi
-        {
-            printf '#!/bin/sh\nexec '
-            quoted "$MELLOW_PYTHON" -I "$MELLOW_ROOT/launch/tied.py" "${options[@]}" "$(command -v $name)" | tr '\n' ' '
-            printf '"$@"\n'
-        } >"$MELLOW_TEMPORARY/bin/$name"
-        chmod +x "$MELLOW_TEMPORARY/bin/$name"
-    done
-    PDSH=$(command -v pdsh) # the real ones, for on_hosts
-    REAL_PATH=$PATH
-    PATH=$MELLOW_TEMPORARY/bin:$PATH
+    make_temporary
+    put_tied pdsh --code "$MELLOW_TEMPORARY/code" "$(command -v pdsh)"
+    put_tied ssh --lost "$MELLOW_TEMPORARY/lost" "$$" "$PDSH_HOSTS" "$(command -v ssh)"
 }
 
-on_hosts() { PATH=$REAL_PATH "$PDSH" -t "${CONNECT_SECONDS:-10}" -S -f 1024 -w "$PDSH_HOSTS" "$1" </dev/null >/dev/null 2>&1; }
+on_hosts() { PATH=$REAL_PATH pdsh -t "${CONNECT_SECONDS:-10}" -S -f 1024 -w "$PDSH_HOSTS" "$1" </dev/null >/dev/null 2>&1; }
 
 # pdsh that was killed makes DeepSpeed's runner say 0.
 doubt_pdsh() {

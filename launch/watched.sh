@@ -2,6 +2,8 @@
 # Sourced by the scripts whose launcher is not of this project (DeepSpeed's, pdsh, mpirun): runs it so that its end is this
 # script's end and the other way round, and so that a stop reaches the ranks and not the launcher, which would drop them.
 #
+#   make_temporary                      sets MELLOW_TEMPORARY, a folder of this run, whose bin/ is first on the PATH
+#   put_tied NAME WORD ...              puts a NAME there that ends with who started it: tied.py with these words
 #   run_watched FUNCTION COMMAND ...    FUNCTION SIGNAL has to send a signal to the ranks; sets CODE
 #
 # The command gets a process group of its own: Ctrl-C in a terminal goes to the script alone. A second signal ends the
@@ -10,6 +12,25 @@
 
 _signals=""
 _lost_host=""
+
+make_temporary() {
+    MELLOW_TEMPORARY=$(mktemp -d)
+    # shellcheck disable=SC2064
+    trap "rm -rf $(quoted "$MELLOW_TEMPORARY")" EXIT
+    mkdir "$MELLOW_TEMPORARY/bin"
+    REAL_PATH=$PATH
+    PATH=$MELLOW_TEMPORARY/bin:$PATH
+}
+
+put_tied() {
+    local file=$MELLOW_TEMPORARY/bin/$1
+    {
+        printf '#!/bin/sh\nexec '
+        quoted "$MELLOW_PYTHON" -I "$MELLOW_ROOT/launch/tied.py" "${@:2}" | tr '\n' ' '
+        printf '"$@"\n'
+    } >"$file"
+    chmod +x "$file"
+}
 
 # Has no `return`: bash 5.2 takes it for one of the function that waits.
 _stop() { # SIGNAL NAME

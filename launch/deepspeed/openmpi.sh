@@ -48,23 +48,19 @@ else
         fail "mpirun does not start as root unless it is told to: set OMPI_ALLOW_RUN_AS_ROOT=1 and" \
             "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1, or start as another user"
     fi
-    MELLOW_TEMPORARY=$(mktemp -d)
-    trap 'rm -rf "$MELLOW_TEMPORARY"' EXIT
+    make_temporary
+    put_tied mpirun env "PATH=$REAL_PATH" mpirun # by its name: a path would stand for --prefix
     hosts=$MELLOW_TEMPORARY/hosts
     for place in "${!PLAN_HOSTS[@]}"; do
         printf '%s slots=%s\n' "${PLAN_HOSTS[place]}" "${PLAN_RANKS[place]}"
     done >"$hosts"
 fi
 PLAN_EXPORTS+="export MASTER_ADDR=$PLAN_MASTER MASTER_PORT=$port;"
-# DeepSpeed hands on what begins so with quotes that no shell takes off; here all that travels goes with the command
-drop=()
-for name in "${PLAN_NAMES[@]}"; do
-    if [[ "$name" =~ ^(NCCL|PYTHON|MV2|UCX|MLFLOW) ]]; then drop+=(-u "$name"); fi
-done
+drop_from_runner
 words=()
 eval "words=($(on_host "$MELLOW_PYTHON" -u "$TRAIN_SCRIPT" "${TRAIN_ARGUMENTS[@]}"))"
 command=(
-    env "${drop[@]}" "DS_ENV_FILE=/dev/null" "$MELLOW_PYTHON" -m deepspeed.launcher.runner --launcher openmpi --force_multi
+    env "${DROPPED[@]}" "DS_ENV_FILE=/dev/null" "$MELLOW_PYTHON" -m deepspeed.launcher.runner --launcher openmpi --force_multi
     --no_ssh_check --master_addr "$PLAN_MASTER" --master_port "$port" --hostfile "$hosts"
     "--launcher_args=$(quoted "${mpirun[@]}")" --no_python "${words[@]}"
 )

@@ -30,8 +30,9 @@ make_plan --for-deepspeed
 
 port=${MELLOW_PORT:-29500}
 name_pdsh_hosts
+drop_from_runner
 command=(
-    "$MELLOW_PYTHON" -m deepspeed.launcher.runner --launcher pdsh --force_multi --no_ssh_check
+    env "${DROPPED[@]}" "$MELLOW_PYTHON" -m deepspeed.launcher.runner --launcher pdsh --force_multi --no_ssh_check
     --venv_script "$ENV_FILE" --master_addr "$PLAN_MASTER" --master_port "$port"
 )
 run=(--include "$PLAN_INCLUDE" "$TRAIN_SCRIPT" "${PLAN_DEEPSPEED_WORDS[@]}")

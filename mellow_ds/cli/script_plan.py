@@ -51,7 +51,6 @@ def assignments(plan: LaunchPlan, save_dir: str) -> list[str]:
         _array("PLAN_DEVICES", [",".join(map(str, host.devices)) for host in plan.hosts]),
         f"PLAN_MASTER={shlex.quote(plan.master_address)}",
         f"PLAN_SAVE_DIR={shlex.quote(save_dir)}",
-        _array("PLAN_NAMES", sorted({**travelling.allowed, **travelling.named})),
         _array("PLAN_ASSIGNMENTS", [f"{name}={value}" for name, value in travelling.named.items()]),
         f"PLAN_EXPORTS={shlex.quote(export_commands(travelling))}",
         _array("PLAN_SHOWN", travelling.shown()),

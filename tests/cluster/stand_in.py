@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mellow_ds.launcher.lifeline import hold_on
 from mellow_ds.stopping import StopRequest
+from mellow_ds.world import World
 
 LEAVE_SECONDS = 5.0
 
@@ -19,22 +20,23 @@ def main() -> int:
     stop = StopRequest()
     stop.listen()
     hold_on(lambda: stop.exit_code)
-    print("at work", os.environ["RANK"], sys.argv[1:], flush=True)
+    world = World.from_env()
+    print("at work", world.rank, sys.argv[1:], flush=True)
     while not stop.exit_code:
         time.sleep(0.5)
     time.sleep(1)
     print("saved", flush=True)
-    wait_for_others()
+    wait_for_others(world)
     return stop.exit_code
 
 
-def wait_for_others() -> None:
+def wait_for_others(world: World) -> None:
     """Until all ranks have saved, as far as they live: a launcher ends the others as soon as one has left."""
     folder = Path(__file__).parent / f"saved-{os.environ['MASTER_PORT']}"
     folder.mkdir(exist_ok=True)
-    (folder / os.environ["RANK"]).touch()
+    (folder / str(world.rank)).touch()
     deadline = time.monotonic() + LEAVE_SECONDS
-    while len(list(folder.iterdir())) < int(os.environ["WORLD_SIZE"]) and time.monotonic() < deadline:
+    while len(list(folder.iterdir())) < world.size and time.monotonic() < deadline:
         time.sleep(0.05)
 
 

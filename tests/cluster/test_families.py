@@ -28,6 +28,7 @@ from tests.guide import quoted
 from tests.ranks import free_port
 
 pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 
 
 def need_pdsh() -> None:
@@ -64,7 +65,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clone: Path) -> None:
-    """Four runs on the same hosts: Ctrl-C for one, and SIGKILL for the runner, for pdsh and for the script of another.
+    """Five runs on the same hosts: Ctrl-C for one, SIGKILL for runner, pdsh and script of others, and of one by mpirun.
 
     By itself DeepSpeed would `pkill -f` everything that looks like its launcher on Ctrl-C, and forget the ranks else.
     """
@@ -75,6 +76,8 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
             ports[name] = free_port()
             words = ("deepspeed/pdsh.sh", "--config", "quickstart")
             runs[name] = stack.enter_context(script(hosts, *words, root=clone, port=ports[name]))
+        words = ("deepspeed/openmpi.sh", "--config", "quickstart")
+        runs["mpirun"] = stack.enter_context(script(hosts, *words, root=clone, port=free_port(), **AS_ROOT))
         for run in runs.values():
             run.wait_for("at work", 2)
         pressed = time.monotonic()
@@ -85,13 +88,14 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
         assert time.monotonic() - pressed < SECONDS
         # 2 ranks each; a stop on its way would be said
         assert sum(len(processes(hosts, host, "train.py --local_rank")) for host in NODES) == 6
-        assert not any("saved" in runs[name].said() for name in ("runner", "pdsh", "script"))
+        assert not any("saved" in run.said() for name, run in runs.items() if name != "Ctrl-C")
         began = time.monotonic()
         kill(processes(hosts, FRONT, "deepspeed.launcher.runner"), ports["runner"])
         kill(processes(hosts, FRONT, "pdsh -S"), ports["pdsh"])  # and what the runner takes for it
-        runs["script"].process.kill()
+        for name in ("script", "mpirun"):
+            runs[name].process.kill()
         assert {name: run.end() for name, run in runs.items() if name != "Ctrl-C"} == {
-            "runner": 137, "pdsh": 137, "script": -signal.SIGKILL
+            "runner": 137, "pdsh": 137, "script": -signal.SIGKILL, "mpirun": -signal.SIGKILL
         }  # fmt: skip
         assert_nothing_is_left(hosts, began)
 
@@ -100,12 +104,11 @@ def test_a_cut_link_ends_training_on_both_sides(hosts: Hosts, corpus: Path, tmp_
     """Of all scripts whose launcher cannot reach the lost host; there the ranks notice it themselves."""
     need_pdsh()
     scripts = ["deepspeed/pdsh.sh", "ssh/pdsh.sh", "deepspeed/openmpi.sh"]
-    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     with contextlib.ExitStack() as stack:
         launched = {}
         for place, name in enumerate(scripts):
             words = train_arguments(corpus, tmp_path / str(place), max_steps=5000, save_every_steps=0)
-            launched[name] = stack.enter_context(script(hosts, name, *words, port=free_port(), **as_root))
+            launched[name] = stack.enter_context(script(hosts, name, *words, port=free_port(), **AS_ROOT))
         for place, run in enumerate(launched.values()):
             wait_for(
                 lambda place=place, run=run: run.process.poll() is not None or wrote_steps(tmp_path / str(place), 3),

@@ -6,6 +6,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -90,6 +91,20 @@ def test_odd_arguments_stand_in_the_command_as_they_are(name: str, tmp_path: Pat
     done = dry(name, *words, folder=tmp_path)
     (line,) = [line for line in done.stdout.splitlines() if " train.py " in line]
     assert shlex.split(line)[-2 * len(ODD) :] == words
+
+
+@pytest.mark.parametrize("name", ["deepspeed/pdsh.sh", "deepspeed/openmpi.sh"])
+def test_deepspeed_sends_nothing_by_itself(name: str, tmp_path: Path) -> None:
+    """Its runner would send whatever begins so, secrets too, and unquoted; what travels is in the plan."""
+    from deepspeed.launcher.runner import EXPORT_ENVS
+
+    secrets = {f"{beginning}_PASSWORD": "hidden-value" for beginning in (*EXPORT_ENVS, "NCCL")}
+    done = dry(name, folder=tmp_path, **secrets)
+    (line,) = [line for line in done.stdout.splitlines() if " train.py " in line]
+    words = shlex.split(line)
+    before = words[: words.index("deepspeed.launcher.runner")]
+    assert secrets.keys() <= {word for dash, word in pairwise(before) if dash == "-u"}
+    assert "hidden-value" not in done.stdout
 
 
 def test_odd_arguments_through_pdsh_and_the_shell_of_a_host(tmp_path: Path) -> None:
