@@ -56,7 +56,8 @@ def main() -> int:
         code = 1
         with contextlib.suppress(KeyboardInterrupt):
             code = Agent().run() if os.getppid() == parent else 1
-        sys.stderr.flush()
+        with contextlib.suppress(OSError):  # nobody reads it any more
+            sys.stderr.flush()
         os._exit(code)
 
     def pass_on(number: int, _frame: FrameType | None) -> None:
@@ -101,6 +102,7 @@ class Agent:
         now = time.monotonic()
         self._heard, self._said, self._tidy_since = now, now, 0.0
         self._kill_at: float | None = None  # the ranks are being ended; from then on with SIGKILL
+        self._told, self._is_told_on = 0, False  # by a signal to end; whether the launcher knows
         self._is_started = False
         self._is_connected = True
 
@@ -129,13 +131,21 @@ class Agent:
         signal.set_wakeup_fd(wakes)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT):
-            signal.signal(number, lambda *_: self._end(signal.SIGTERM, LOST_GRACE_SECONDS))
+            signal.signal(number, self._note_signal)
         self._selector.register(self._orders, selectors.EVENT_READ, self._read_orders)
         self._selector.register(woken, selectors.EVENT_READ, lambda: _read(woken))
 
+    def _note_signal(self, number: int, _frame: FrameType | None) -> None:
+        self._told = self._told or number
+
     def _look_around(self) -> None:
-        """What is due: ended ranks, beats, the launcher's silence, the end of a grace, output that waits."""
+        """What is due: an order to end, ended ranks, beats, a silent launcher, the end of a grace, waiting output."""
         now = time.monotonic()
+        if self._told and not self._is_told_on:
+            self._is_told_on = True
+            name = signal.Signals(self._told).name
+            self._answer(_problem(f"its processes are being ended ({name}), as when a host is shut down"))
+            self._end(signal.SIGTERM, LOST_GRACE_SECONDS)
         for pid, status in _reap().items():
             for rank in self._ranks:
                 if rank.pid == pid:
@@ -180,9 +190,9 @@ class Agent:
             self._selector.unregister(self._orders)
             self._lose("the connection to the launcher has closed")
             return
-        self._heard = time.monotonic()
         for line in self._order_lines.add(data):
             self._obey(_read_order(line))
+        self._heard = time.monotonic()  # after it has obeyed, which may take longer than a launcher may be silent
 
     def _obey(self, order: Message) -> None:
         what = order.get("do")
@@ -249,8 +259,9 @@ class Agent:
     def _lose(self, why: str) -> None:
         """The launcher is gone: nobody waits for these ranks."""
         self._is_connected = False
-        print(f"mellow-ds launch: {why}; ending the ranks of this host", file=sys.stderr, flush=True)
         self._end(signal.SIGTERM, LOST_GRACE_SECONDS)
+        with contextlib.suppress(OSError):  # who read it is most likely gone as well
+            print(f"mellow-ds launch: {why}; ending the ranks of this host", file=sys.stderr, flush=True)
 
     def _end(self, number: int, grace_seconds: float) -> None:
         kill_at = time.monotonic() + grace_seconds

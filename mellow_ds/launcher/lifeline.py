@@ -40,10 +40,19 @@ def what_holds(pid: int) -> list[tuple[str, ProcessId]]:
     held = [("its launcher", process) for process in above[:1]]
     if len(above) > 1 and any(name in _command(above[0].pid) for name in _LAUNCHERS):
         held.append(("what started its launcher", above[1]))
-    # who ignores SIGHUP (nohup) is meant to outlive the connection
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        # nohup: meant to outlive the connection, and the shell that it was typed into
+        held = [(what, process) for what, process in held if _session_of(process.pid) != process.pid]
+    else:
         held += [("the ssh connection", process) for process in above if _SESSION.match(_command(process.pid))][:1]
     return [(what, process) for what, process in held if process.pid != 1]
+
+
+def _session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
 
 
 def _command(pid: int) -> str:

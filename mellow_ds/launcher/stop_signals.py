@@ -28,7 +28,8 @@ class StopSignals:
             # Ctrl-Z would silence this process, and the hosts would take it for dead
             self._before = {signal.SIGTSTP: signal.signal(signal.SIGTSTP, signal.SIG_IGN)}
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1):
-                self._before[number] = signal.signal(number, self._note)
+                if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:  # ignored: by nohup
+                    self._before[number] = signal.signal(number, self._note)
         return self
 
     def __exit__(

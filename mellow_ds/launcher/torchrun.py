@@ -25,6 +25,8 @@ def main(arguments: list[str], signals_reach_ranks: bool = False) -> int:
     `signals_reach_ranks`: they get what this process gets, from whoever sends it; twice would end them at once.
     """
     for number in _PASSED_ON:
+        if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+            continue  # by nohup
         signal.signal(number, _wait_for_ranks if signals_reach_ranks else _pass_on)
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun

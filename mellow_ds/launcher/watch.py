@@ -237,7 +237,8 @@ class Watch:
 
     def _note_rank_end(self, connection: Connection, rank: int, code: int) -> None:
         connection.codes[rank] = code
-        is_asked = -code in self._signals or (-code == signal.SIGKILL and len(self._signals) > 1)
+        asked = {_as_told(number) for number in self._signals}
+        is_asked = -code in asked or (-code == signal.SIGKILL and len(self._signals) > 1)
         if code in _ORDERLY or is_asked:
             return
         self._fail(_Failure(_describe(self._plan.label(rank), code), _shell_code(code), rank))
@@ -262,7 +263,7 @@ class Watch:
             f"{signal.Signals(number).name}: every rank is told and waited for, {self._stop_seconds:.0f} s at most; "
             "once more ends them at once"
         )
-        self._stop_all(signal.SIGTERM if number == signal.SIGHUP else number, self._stop_seconds)
+        self._stop_all(_as_told(number), self._stop_seconds)
 
     def _stop_all(self, number: int, grace_seconds: float) -> None:
         over_at = time.monotonic() + grace_seconds + _DONE_SECONDS
@@ -320,6 +321,11 @@ class Watch:
         for connection in self._connections:
             connection.close()
         self._selector.close()
+
+
+def _as_told(number: int) -> int:
+    """The signal that the ranks get for one: they know no SIGHUP, which says the same as SIGTERM."""
+    return signal.SIGTERM if number == signal.SIGHUP else number
 
 
 def _shell_code(code: int) -> int:

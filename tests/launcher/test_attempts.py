@@ -24,9 +24,9 @@ import os, pathlib, signal, sys, time
 rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 folder = pathlib.Path(sys.argv[1])
 print("at work", rank, "of", size, flush=True)
-def lose_host():
+def lose_host(number=signal.SIGKILL):
     time.sleep(0.5)  # so that what was said is heard
-    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getppid(), number)
     time.sleep(60)
 def is_first():
     try:
@@ -85,6 +85,15 @@ def case(tmp_path: Path) -> Iterator[Case]:
         except OSError:
             continue
         assert words[1:3] != [b"rank.py", str(tmp_path).encode()], path
+
+
+@pytest.mark.parametrize("code", ["pass", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))"])
+def test_a_host_that_is_shut_down_is_lost(case: Case, capfd: pytest.CaptureFixture[str], code: str) -> None:
+    """In order, and whether its rank saves or not: the run goes on with the other."""
+    assert case.run(code + "\n" + LOSE_B_ONCE.replace("lose_host()", "lose_host(signal.SIGTERM)"), b_fails_at="2") == 0
+    out, err = capfd.readouterr()
+    assert "[a rank 0] at work 0 of 1" in out.splitlines()
+    assert "host b (rank 1) is lost: its processes are being ended (SIGTERM), as when a host is shut down" in err
 
 
 LOSE_B_ONCE = "lose_host() if rank == 1 and is_first() else time.sleep(60 if size == 2 and rank == 0 else 0)\n"

@@ -65,6 +65,7 @@ def chain(tmp_path: Path, *names: str, words: str = "", before: str = "") -> Ite
         (["sshd: me@notty", "bash"], "", "its launcher, the ssh connection"),
         (["sshd-session: me@notty", "bash", "torchrun"], "", "its launcher, the ssh connection"),
         (["sshd: me@notty", "bash"], "trap '' HUP;", "its launcher"),  # nohup
+        (["sshd: me@notty"], "trap '' HUP; exec setsid bash -c", ""),  # and in the shell that the line was typed into
         (["sshd: me@pts/0", "bash"], "", "its launcher"),  # the terminal sends SIGHUP by itself
         (["a", "python -m deepspeed.launcher.launch"], "", "its launcher, what started its launcher"),
     ],

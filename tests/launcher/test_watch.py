@@ -32,6 +32,13 @@ def ended(process: "subprocess.Popen[str]", seconds: float = 30) -> tuple[int, l
     return process.returncode, out.splitlines(), err.splitlines()
 
 
+def wait_for_both(process: "subprocess.Popen[str]") -> None:
+    """Until two ranks have said a line each."""
+    assert process.stdout is not None
+    for _ in range(2):
+        process.stdout.readline()
+
+
 def processes_of(folder: Path) -> list[int]:
     """Ranks of a test, by the folder in their command lines."""
     found = []
@@ -109,15 +116,52 @@ def test_a_stop_reaches_every_rank_and_is_waited_for(tmp_path: Path, number: sig
 
 def test_a_second_ctrl_c_ends_ranks_that_do_not_listen(tmp_path: Path) -> None:
     process = launching(tmp_path, "signal.signal(2, signal.SIG_IGN)\nprint('at work', flush=True)\ntime.sleep(60)")
-    assert process.stdout is not None
-    for _ in range(2):
-        process.stdout.readline()
+    wait_for_both(process)
     process.send_signal(signal.SIGINT)
     time.sleep(1)
     assert len(processes_of(tmp_path)) == 2
     process.send_signal(signal.SIGINT)
     assert ended(process)[0] == 137
     assert not processes_of(tmp_path)
+
+
+def test_ranks_save_when_their_launcher_is_killed(tmp_path: Path) -> None:
+    """Though nobody reads any more what their agent has to say of it."""
+    code = (
+        "def save(*_):\n    open(f'saved-{rank}', 'w').close()\n    sys.exit(85)\n"
+        "signal.signal(signal.SIGTERM, save)\nprint('at work', flush=True)\ntime.sleep(60)"
+    )
+    process = launching(tmp_path, code)
+    wait_for_both(process)
+    process.kill()
+    process.communicate()
+    deadline = time.monotonic() + 30
+    while processes_of(tmp_path):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert len(list(tmp_path.glob("saved-*"))) == 2
+
+
+def test_who_ignores_hangups_is_not_stopped_by_one(tmp_path: Path) -> None:
+    """As under nohup, when the terminal is closed."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = launching(tmp_path, "print('at work', flush=True)\ntime.sleep(2)")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    wait_for_both(process)
+    process.send_signal(signal.SIGHUP)
+    assert ended(process)[0] == 0
+
+
+def test_a_hangup_is_an_order_to_save(tmp_path: Path) -> None:
+    """Ranks that die of what they get for it have not failed."""
+    process = launching(tmp_path, "print('at work', flush=True)\ntime.sleep(60)")
+    wait_for_both(process)
+    process.send_signal(signal.SIGHUP)
+    code, _, err = ended(process)
+    assert code == 128 + signal.SIGTERM
+    assert not [line for line in err if line.startswith("error")]
 
 
 def test_what_a_finished_rank_leaves_is_ended(tmp_path: Path) -> None:
