@@ -19,6 +19,7 @@ SLURM, OPENMPI, MPICH = "SLURM", "OpenMPI", "MPICH"
 _LAST_STEP_ID = 0xFFFFFFF0
 # of the meeting, where SLURM's job gives it: below what systems hand out by themselves (from 32768 on Linux)
 _FIRST_PORT, _NUM_PORTS = 20_000, 12_000
+_STEPS_OF_JOB = 101  # ports between two jobs; shares no factor with their number
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,9 @@ class World:
     def rendezvous(self, environ: Mapping[str, str]) -> tuple[str, int]:
         """(address, port) where the ranks meet: MASTER_ADDR and MASTER_PORT, or the first node of a SLURM step."""
         if self.launcher == SLURM:
-            # the port follows from job and step, so that all ranks agree on it and two of one node do not
-            numbers = [_int(environ, name) for name in ("SLURM_JOB_ID", "SLURM_STEP_ID") if name in environ]
-            port = _FIRST_PORT + sum(numbers) % _NUM_PORTS
+            # the port follows from job and step, so that all ranks agree on it, and jobs of one node hardly ever do
+            job, step = (_int(environ, name) if name in environ else 0 for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
+            port = _FIRST_PORT + (job * _STEPS_OF_JOB + step) % _NUM_PORTS
             name = "SLURM_STEP_NODELIST"
             if "MASTER_ADDR" in environ or name in environ:
                 address = environ.get("MASTER_ADDR") or expand_node_list(environ[name], name)[0]

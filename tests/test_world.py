@@ -148,9 +148,13 @@ def test_a_made_world_must_fit_too() -> None:
 def test_where_ranks_meet() -> None:
     slurm = World(1, 2, 0, "SLURM")
     env = {"SLURM_STEP_NODELIST": "n[01-02]", "SLURM_JOB_ID": "30007", "SLURM_STEP_ID": "2"}
-    assert slurm.rendezvous(env) == ("n01", 20_000 + 30_009 % 12_000)
+    assert slurm.rendezvous(env) == ("n01", 20_000 + (30_007 * 101 + 2) % 12_000)
     assert slurm.rendezvous({**env, "MASTER_PORT": "5"}) == ("n01", 5)
-    assert slurm.rendezvous({**env, "MASTER_ADDR": "h"}) == ("h", 20_000 + 30_009 % 12_000)
+    assert slurm.rendezvous({**env, "MASTER_ADDR": "h"}) == ("h", 20_000 + (30_007 * 101 + 2) % 12_000)
+    neighbours = [
+        {**env, "SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)} for job in range(90) for step in range(9)
+    ]
+    assert len({slurm.rendezvous(one) for one in neighbours}) == 90 * 9
     assert World(0, 2).rendezvous({"MASTER_ADDR": "h", "MASTER_PORT": "5"}) == ("h", 5)
     with pytest.raises(ConfigError, match=quoted("MASTER_PORT is not set")):
         World(0, 2, 0, "MPICH").rendezvous({"MASTER_ADDR": "h"})
