@@ -1,7 +1,7 @@
 """What a run says: each rank's lines with its name before them, and in a file of its own.
 
-A terminal that does not take lines (Ctrl-S, a pager) must not stop the launcher, whose beats keep the run alive: a
-thread prints, and what it cannot print in time is counted; the files have it.
+A terminal that does not take lines (Ctrl-S, a pager) or a file system that hangs must not stop the launcher, whose
+beats keep the run alive: a thread prints, another one writes the files, and what they cannot take in time is counted.
 """
 
 import contextlib
@@ -10,16 +10,51 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO
+from typing import IO, Generic, TypeVar
 
 from mellow_ds.errors import ConfigError
 from mellow_ds.launcher.plan import LaunchPlan
 
 LAST_LINES = 20  # of the rank that failed first, shown in the end
 _MAX_WAITING_LINES = 20_000
+Item = TypeVar("Item")
 _CLOSING_SECONDS = 5.0
 _SAID_BY_LAUNCHER = "mellow-ds launch: "
+
+
+class _Lane(Generic[Item]):
+    """Hands items to a function one after the other, in a thread, so that nobody waits for it."""
+
+    def __init__(self, name: str, take: Callable[[Item], None]) -> None:
+        self.num_dropped = 0  # that found no place since somebody set it to 0
+        self._take = take
+        self._items: queue.Queue[Item | None] = queue.Queue(_MAX_WAITING_LINES)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    @property
+    def is_empty(self) -> bool:
+        return self._items.empty()
+
+    def put(self, item: Item) -> None:
+        try:
+            self._items.put_nowait(item)
+        except queue.Full:
+            self.num_dropped += 1
+
+    def close(self) -> None:
+        """Hand on what waits, if that takes no longer than `_CLOSING_SECONDS`."""
+        try:
+            self._items.put(None, timeout=_CLOSING_SECONDS)
+        except queue.Full:
+            return
+        self._thread.join(_CLOSING_SECONDS)
+
+    def _run(self) -> None:
+        while (item := self._items.get()) is not None:
+            self._take(item)
 
 
 class Output:
@@ -31,10 +66,8 @@ class Output:
         self._prefixes: dict[int, str] = {}
         self._files: dict[int, IO[str]] = {}
         self._folder = log_folder
-        self._dropped = 0
-        self._lines: queue.Queue[tuple[IO[str], str] | None] = queue.Queue(_MAX_WAITING_LINES)
-        self._printer = threading.Thread(target=self._print, name="printer", daemon=True)
-        self._printer.start()
+        self._printer: _Lane[tuple[IO[str], str]] = _Lane("printer", self._print)
+        self._writer: _Lane[tuple[IO[str], int, str | None]] = _Lane("log writer", self._write)  # None: the file's end
 
     def begin(self, plan: LaunchPlan, attempt: int = 1) -> None:
         """The ranks of an attempt; its lines are added to the files of the attempts and starts before."""
@@ -73,11 +106,7 @@ class Output:
         self._put(sys.stdout if stream == 1 else sys.stderr, self._prefixes[rank] + text)
         file = self._files.get(rank)
         if file is not None:
-            try:
-                file.write(text + "\n")
-            except (OSError, ValueError) as error:
-                del self._files[rank]  # the run does not end for its log
-                self.note(f"{self.file(rank)} cannot be written any more: {error}")
+            self._writer.put((file, rank, text))
 
     def host_line(self, host: str, text: str) -> None:
         """A line of a host's shell or of ssh."""
@@ -103,31 +132,37 @@ class Output:
     def close(self) -> None:
         """Print what waits and close the files."""
         self._close_files()
-        try:
-            self._lines.put(None, timeout=_CLOSING_SECONDS)
-        except queue.Full:
-            return
-        self._printer.join(_CLOSING_SECONDS)
+        self._writer.close()
+        if self._writer.num_dropped:
+            self.note(f"{self._writer.num_dropped} lines are not in the log files: {self._folder} did not take them")
+        self._printer.close()
 
     def _close_files(self) -> None:
-        for file in self._files.values():
-            with contextlib.suppress(OSError):  # a full disk has been told of
-                file.close()
+        for rank, file in self._files.items():
+            self._writer.put((file, rank, None))
         self._files = {}
 
-    def _put(self, stream: IO[str], text: str) -> None:
+    def _write(self, item: tuple[IO[str], int, str | None]) -> None:
+        file, rank, text = item
+        if text is None:
+            with contextlib.suppress(OSError):  # a full disk has been told of
+                file.close()
+            return
         try:
-            self._lines.put_nowait((stream, text))
-        except queue.Full:
-            self._dropped += 1
+            file.write(text + "\n")
+        except (OSError, ValueError) as error:
+            if self._files.pop(rank, None) is not None:  # the run does not end for its log
+                self.note(f"{self.file(rank)} cannot be written any more: {error}")
 
-    def _print(self) -> None:
-        while (item := self._lines.get()) is not None:
-            stream, text = item
-            dropped, self._dropped = self._dropped, 0
-            try:
-                if dropped:
-                    print(f"{_SAID_BY_LAUNCHER}{dropped} lines were not shown here", file=sys.stderr, flush=True)
-                print(text, file=stream, flush=self._lines.empty())
-            except (OSError, ValueError):
-                continue  # whoever read it has gone (`| head`); the run goes on, and its files with it
+    def _put(self, stream: IO[str], text: str) -> None:
+        self._printer.put((stream, text))
+
+    def _print(self, item: tuple[IO[str], str]) -> None:
+        stream, text = item
+        dropped, self._printer.num_dropped = self._printer.num_dropped, 0
+        try:
+            if dropped:
+                print(f"{_SAID_BY_LAUNCHER}{dropped} lines were not shown here", file=sys.stderr, flush=True)
+            print(text, file=stream, flush=self._printer.is_empty)
+        except (OSError, ValueError):
+            pass  # whoever read it has gone (`| head`); the run goes on, and its files with it
