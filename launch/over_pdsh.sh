@@ -6,7 +6,7 @@
 #   tie_pdsh            puts a pdsh and an ssh first on the PATH that end with who started them, so that no connection
 #                       outlives the run; the exit code of pdsh goes into a file, since not every launcher heeds it, and
 #                       a connection that breaks is told to run_watched, since pdsh goes on waiting for the other hosts
-#   on_hosts COMMAND    runs it on every host, %n being the place of the host
+#   on_hosts COMMAND    runs it on every host, %n being the place of the host; whether it succeeded on any
 #   doubt_pdsh          compares CODE with that file
 
 PDSH_SSH_OPTIONS="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=4 -o ServerAliveCountMax=3 -o LogLevel=ERROR"
@@ -36,7 +36,12 @@ tie_pdsh() {
     put_tied ssh --lost "$MELLOW_TEMPORARY/lost" "$$" "$PDSH_HOSTS" "$(command -v ssh)"
 }
 
-on_hosts() { PATH=$REAL_PATH pdsh -t "${CONNECT_SECONDS:-10}" -S -f 1024 -w "$PDSH_HOSTS" "$1" </dev/null >/dev/null 2>&1; }
+on_hosts() {
+    local said
+    said=$(PATH=$REAL_PATH pdsh -t "${CONNECT_SECONDS:-10}" -f 1024 -w "$PDSH_HOSTS" "{ $1; } >/dev/null 2>&1 && echo done" \
+        </dev/null 2>/dev/null) || true
+    [[ "$said" == *": done"* ]]
+}
 
 # pdsh that was killed makes DeepSpeed's runner say 0.
 doubt_pdsh() {

@@ -4,13 +4,15 @@
 #
 #   make_temporary                      sets MELLOW_TEMPORARY, a folder of this run, whose bin/ is first on the PATH
 #   put_tied NAME WORD ...              puts a NAME there that ends with who started it: tied.py with these words
-#   run_watched FUNCTION COMMAND ...    FUNCTION SIGNAL has to send a signal to the ranks; sets CODE
+#   run_watched FUNCTION COMMAND ...    FUNCTION SIGNAL has to send a signal to the ranks, and to say whether any got it;
+#                                       sets CODE
 #
-# The command gets a process group of its own: Ctrl-C in a terminal goes to the script alone. A second signal ends the
-# ranks and the launcher at once. Where this script is killed, launch/tied.py ends the launcher. SIGUSR2 says that the host
+# The command gets a process group of its own: Ctrl-C in a terminal goes to the script alone. A signal before there are
+# ranks waits for them, as the launcher may be starting them this moment; a second one ends them and the launcher at once. Where this script is killed, launch/tied.py ends the launcher. SIGUSR2 says that the host
 # in the file $MELLOW_TEMPORARY/lost is lost: the ranks of the others wait for it in a collective, and are ended.
 
 _signals=""
+_untold="" # a signal that no rank has got
 _lost_host=""
 
 make_temporary() {
@@ -18,6 +20,7 @@ make_temporary() {
     # shellcheck disable=SC2064
     trap "rm -rf $(quoted "$MELLOW_TEMPORARY")" EXIT
     mkdir "$MELLOW_TEMPORARY/bin"
+    # shellcheck disable=SC2034  # for what must not be tied
     REAL_PATH=$PATH
     PATH=$MELLOW_TEMPORARY/bin:$PATH
 }
@@ -37,8 +40,9 @@ _stop() { # SIGNAL NAME
     if [[ -z "$_signals" ]]; then
         _signals=$1
         printf '%s: every rank is told, and waited for; once more ends them at once\n' "$2" >&2
-        "$_send" "$1" || true
+        "$_send" "$1" || _untold=$1
     else
+        _untold=""
         printf 'ending all ranks at once\n' >&2
         "$_send" KILL || true
         sleep 1
@@ -71,6 +75,10 @@ run_watched() {
     trap _lose USR2
     CODE=0
     while :; do
+        while [[ -n "$_untold" ]] && kill -0 "$_child" 2>/dev/null; do
+            sleep 0.5
+            if [[ -n "$_untold" ]] && "$_send" "$_untold"; then _untold=""; fi
+        done
         wait "$_child" && CODE=0 || CODE=$?
         # a signal ends `wait` before the launcher has ended
         kill -0 "$_child" 2>/dev/null || break

@@ -52,6 +52,6 @@ if [[ -n "$DRY_RUN" ]]; then
 fi
 # the runner starts one `launch`, and that starts the ranks
 # shellcheck disable=SC2329  # called by run_watched
-signal_ranks() { pkill "-$1" -P "$(pgrep -d, -P "$_child")"; }
+signal_ranks() { pkill "-$1" -P "$(pgrep -d, -P "$_child")" 2>/dev/null; }
 run_watched signal_ranks "${command[@]}"
 exit "$CODE"

@@ -33,8 +33,8 @@ def clone(tmp_path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def at_work(clone: Path, name: str) -> Iterator["subprocess.Popen[str]"]:
-    """A script with two ranks, both of them at work."""
+def at_work(clone: Path, name: str, sign: str = "at work", count: int = 2) -> Iterator["subprocess.Popen[str]"]:
+    """A script with two ranks, both of them at work; or until it has shown another `sign`."""
     words = ["--num-per-host", "2", "--config", "quickstart"]
     environ = environment(MELLOW_VENV=sys.prefix, MELLOW_PORT=str(free_port()))
     environ.pop("CUDA_VISIBLE_DEVICES", None)
@@ -49,7 +49,7 @@ def at_work(clone: Path, name: str) -> Iterator["subprocess.Popen[str]"]:
         started = []
         try:
             deadline = time.monotonic() + 120
-            while said.read_text().count("at work") < 2:
+            while said.read_text().count(sign) < count:
                 assert process.poll() is None, said.read_text()
                 assert time.monotonic() < deadline, said.read_text()
                 time.sleep(0.1)
@@ -79,6 +79,16 @@ def test_a_stop_is_saved_and_told(clone: Path, name: str, number: signal.Signals
             process.send_signal(number)
         assert process.wait(SECONDS) == code
         assert (clone / "said").read_text().count("saved") == 2
+
+
+def test_a_stop_before_there_are_ranks_is_kept_for_them(clone: Path) -> None:
+    """The launcher imports for seconds before it starts them, and would start them for nobody."""
+    with at_work(clone, "deepspeed/single_node.sh", "real_accelerator.py", count=1) as process:
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(SECONDS) != 0
+        said = (clone / "said").read_text()
+        assert said.count("SIGTERM: every rank is told") == 1
+        assert "sage:" not in said  # of pkill
 
 
 @pytest.mark.parametrize("name", ["deepspeed/single_node.sh", "ssh/torchrun_node.sh"])
