@@ -62,9 +62,9 @@ def tell_torchrun(message: str, error_file: str | None) -> None:
     """Leave the message where torchrun looks for it, so that its closing report shows it (TORCHELASTIC_ERROR_FILE)."""
     if not error_file:
         return
-    content = {
-        "message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": str(int(time.time()))}}
-    }
+    # torchrun counts in seconds, and of two takes the lower rank for the first: ranks that end of this one come later
+    seconds = str(int(time.time()) - 1)
+    content = {"message": {"message": message, "extraInfo": {"py_callstack": message, "timestamp": seconds}}}
     try:
         Path(error_file).write_text(json.dumps(content), encoding="utf-8")
     except OSError:

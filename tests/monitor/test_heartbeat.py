@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from mellow_ds.errors import ConfigError, FaultError
-from mellow_ds.monitor.endings import ENDINGS_NAME, Ending, add_ending, first_ending, make_endings
+from mellow_ds.monitor.endings import ENDINGS_NAME, Ending, add_ending, first_ending, make_endings, tell_torchrun
 from mellow_ds.monitor.heartbeat import (
     ENDED,
     PHASES,
@@ -265,3 +265,16 @@ def test_an_exception_passes_through_or_in_the_words_of_the_first(folder: Path) 
     heartbeat = RankHeartbeat(folder, TWO)
     with pytest.raises(FaultError, match="rank 1 failed first: the first"), heartbeat.hearing_failures():
         raise RuntimeError("anything")
+
+
+def test_torchrun_takes_the_rank_that_spoke_for_the_first(tmp_path: Path) -> None:
+    """Though rank 0, which ends of it in the same second, says nothing and has the lower number."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    tell_torchrun("rank 1: no good", str(tmp_path / "error.json"))
+    failures = {
+        rank: ProcessFailure(local_rank=rank, pid=rank, exitcode=1, error_file=file)
+        for rank, file in enumerate(["<N/A>", str(tmp_path / "error.json")])
+    }
+    rank, failure = ChildFailedError("train.py", failures).get_first_failure()
+    assert (rank, failure.message["message"]) == (1, "rank 1: no good")
