@@ -7,6 +7,7 @@
 #                       outlives the run; the exit code of pdsh goes into a file, since not every launcher heeds it, and
 #                       a connection that breaks is told to run_watched, since pdsh goes on waiting for the other hosts
 #   on_hosts COMMAND    runs it on every host, %n being the place of the host; whether it succeeded on any
+#   refuse_neighbour PORT PATTERN    where a run that meets at this port is at work: a stop would reach both
 #   doubt_pdsh          compares CODE with that file
 
 PDSH_SSH_OPTIONS="-o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=4 -o ServerAliveCountMax=3 -o LogLevel=ERROR"
@@ -41,6 +42,13 @@ on_hosts() {
     said=$(PATH=$REAL_PATH pdsh -t "${CONNECT_SECONDS:-10}" -f 1024 -w "$PDSH_HOSTS" "{ $1; } >/dev/null 2>&1 && echo done" \
         </dev/null 2>/dev/null) || true
     [[ "$said" == *": done"* ]]
+}
+
+refuse_neighbour() {
+    if on_hosts "pgrep -f '$2'"; then
+        fail "another run of this account meets at $PLAN_MASTER, port $1, on these hosts: wait for its end, or set" \
+            "MELLOW_PORT to another port"
+    fi
 }
 
 # pdsh that was killed makes DeepSpeed's runner say 0.

@@ -48,6 +48,7 @@ export DS_ENV_FILE=$MELLOW_TEMPORARY/variables
 
 # The ranks of a host are what its `launch` has started; that of this run is known by where its ranks meet.
 launch="[d]eepspeed.launcher.launch .*--node_rank=%n --master_addr=$PLAN_MASTER --master_port=$port "
+refuse_neighbour "$port" "$launch"
 # shellcheck disable=SC2329  # called by run_watched
 signal_ranks() { on_hosts "pkill -$1 -P \"\$(pgrep -d, -f '$launch')\""; }
 

@@ -45,6 +45,7 @@ tie_pdsh
 
 # torchrun of this run is known by its host's place and by where the ranks meet; it passes signals on to them
 torchrun="[m]ellow_ds.launcher.torchrun .*--node-rank=%n .*--master-addr=$PLAN_MASTER --master-port=$port "
+refuse_neighbour "$port" "$torchrun"
 # shellcheck disable=SC2329  # called by run_watched
 signal_ranks() {
     local first=""

@@ -80,6 +80,9 @@ def test_what_ends_a_deepspeed_run_ends_its_ranks_and_no_other(hosts: Hosts, clo
         runs["mpirun"] = stack.enter_context(script(hosts, *words, root=clone, port=free_port(), **AS_ROOT))
         for run in runs.values():
             run.wait_for("at work", 2)
+        with script(hosts, "deepspeed/pdsh.sh", "--config", "quickstart", root=clone, port=ports["script"]) as second:
+            assert second.end() == 2  # a stop of this one would have reached both
+            assert f"port {ports['script']}, on these hosts: wait for its end, or set MELLOW_PORT" in second.said()
         pressed = time.monotonic()
         os.killpg(runs["Ctrl-C"].process.pid, signal.SIGINT)
         assert runs["Ctrl-C"].end() == 130, runs["Ctrl-C"].said()
