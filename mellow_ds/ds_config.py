@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mellow_ds.config.train_keys import MixedPrecisionConfig
+from mellow_ds.config.train_keys import MixedPrecisionConfig, TrainConfig
 from mellow_ds.errors import ConfigError
 
 AUTO = "auto"
@@ -89,7 +89,7 @@ def resolve_engine_json(
     """The JSON that DeepSpeed gets: "auto" filled in from the run, contradictions refused by name.
 
     The optimizer and the schedule are built by this project from the run configuration and handed over, so their
-    sections are checked and dropped.
+    sections are checked (see also `check_optimizer`) and dropped.
     """
     resolved = copy.deepcopy(engine_json)
     if "scheduler" in resolved:
@@ -105,7 +105,7 @@ def resolve_engine_json(
     }
     for key, (value, owner) in owned.items():
         _fill(resolved, key, value, owner, source)
-    _check_optimizer(resolved.pop("optimizer", {}), shape, source)
+    _check_rates(resolved.pop("optimizer", {}), shape, source)
     resolved["steps_per_print"] = _STEPS_PER_PRINT
     resolved.setdefault("wall_clock_breakdown", False)
     left = _autos(resolved)
@@ -124,7 +124,23 @@ def _fill(tree: dict[str, Any], dotted: str, value: Any, owner: str, source: str
     tree[key] = value
 
 
-def _check_optimizer(section: dict[str, Any], shape: StepShape, source: str) -> None:
+def check_optimizer(engine_json: dict[str, Any], config: TrainConfig, source: str = "the engine JSON") -> None:
+    """Refuse an optimizer section that names another optimizer, or other betas and eps, than the run's."""
+    section = engine_json.get("optimizer", {})
+    params = dict(section.get("params", {}))
+    # DeepSpeed takes Adam for AdamW, unless told not to
+    is_plain_adam = str(section.get("type")).lower() == "adam" and params.get("adam_w_mode", True) is False
+    names = {"adam": "Adam" if is_plain_adam else "AdamW", "adamw": "AdamW", "lamb": "Lamb", "muon": "Muon"}
+    found = section.get("type", AUTO)
+    named = {"type": names.get(str(found).lower(), found)}
+    _fill(named, "type", config.optimizer_type, "train.optimizer_type", f"{source}, optimizer:")
+    if isinstance(params.get("betas"), list):
+        params["betas"] = tuple(params["betas"])
+    for key, value in (("betas", tuple(config.betas)), ("eps", config.eps)):
+        _fill(params, key, value, f"train.{key}", f"{source}, optimizer.params:")
+
+
+def _check_rates(section: dict[str, Any], shape: StepShape, source: str) -> None:
     params = section.get("params", {})
     for key, value, owner in (
         ("lr", shape.learning_rate, "train.learning_rate"),

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mellow_ds.config.train_keys import MixedPrecisionConfig
-from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json, resolve_engine_json
+from mellow_ds.config.train_keys import MixedPrecisionConfig, TrainConfig
+from mellow_ds.ds_config import StepShape, check_optimizer, choose_precision, read_engine_json, resolve_engine_json
 from mellow_ds.errors import ConfigError
 
 SHAPE = StepShape(4, 8, 2, 0.5, 1e-3, 0.01, "bfloat16")
@@ -51,6 +51,29 @@ def test_a_contradiction_is_refused_by_name(content: dict, message: str) -> None
 def test_equal_values_and_autos_are_fine() -> None:
     content = {"train_batch_size": 64, "gradient_clipping": "auto", "optimizer": {"params": {"lr": 1e-3}}}
     assert resolve_engine_json(content, SHAPE)["train_batch_size"] == 64
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"type": "Lamb"}, r"optimizer: says type Lamb, but the run says AdamW \(train\.optimizer_type\)"),
+        ({"type": "Adam", "params": {"adam_w_mode": False}}, "type Adam, but the run says AdamW"),
+        ({"type": "OneBitAdam"}, "type OneBitAdam, but the run says AdamW"),
+        ({"params": {"betas": [0.5, 0.6]}}, r"betas \(0\.5, 0\.6\), but the run says \(0\.9, 0\.999\)"),
+        ({"params": {"eps": 1e-3}}, r"eps 0\.001, but the run says 1e-08"),
+    ],
+)
+def test_an_optimizer_that_is_not_the_run_s_is_refused(section: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_optimizer({"optimizer": section}, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    "section",
+    [{}, {"type": "auto"}, {"type": "Adam"}, {"type": "AdamW", "params": {"betas": [0.9, 0.999], "eps": "auto"}}],
+)
+def test_an_optimizer_that_is_the_run_s_is_taken(section: dict) -> None:
+    check_optimizer({"optimizer": section}, TrainConfig())
 
 
 def test_files_that_are_not_there_or_no_json(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mellow_ds.cli.packed import check_files, needs_packing, with_packed_shards
 from mellow_ds.config.schema import RunConfig
 from mellow_ds.data.shard_cache import ShardCache
 from mellow_ds.data.shard_source import open_source
-from mellow_ds.ds_config import read_engine_json, zero_stage
+from mellow_ds.ds_config import check_optimizer, read_engine_json, zero_stage
 from mellow_ds.errors import EXIT_DONE, EXIT_FAULT, EXIT_INTERRUPTED, ConfigError, MellowError
 from mellow_ds.launcher.lifeline import hold_on
 from mellow_ds.log import ALIKE, append_to_log_file, setup_logging
@@ -50,7 +50,9 @@ def main(arguments: list[str] | None = None, program: str = "train.py", mode: st
 
 def check_inputs(config: RunConfig, world: World) -> None:
     """Everything that can be known to be wrong before torch is imported and a GPU is taken."""
-    zero_stage(read_engine_json(config.deepspeed_config))
+    engine_json = read_engine_json(config.deepspeed_config)
+    zero_stage(engine_json)
+    check_optimizer(engine_json, config.train)
     _check_save_dir(Path(config.save_dir))
     if needs_packing(config):
         check_files(config)

@@ -39,6 +39,10 @@ def build_engine(
         what = "engine auto: Muon needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed"
         _log.warning(what, extra=ALIKE)
         kind = "fsdp"
+    if kind == "auto" and shape.precision == "float16" and not zero_stage(engine_json):
+        what = "engine auto: DeepSpeed does not scale a loss at stage 0; DDP takes its place for float16"
+        _log.warning(what, extra=ALIKE)
+        kind = "fsdp"
     if kind != "fsdp":
         engine, reason = _try_deepspeed(model, engine_json, shape, config, device, read_weight)
         if engine is not None:

@@ -74,7 +74,7 @@ class DeepSpeedEngine(StepEngine):
         read_weight: ReadWeight | None = None,
     ) -> None:
         """`read_weight`: gives the parameters that are on the meta device, a block at a time (stage 3)."""
-        _check_precision(shape.precision)
+        _check_precision(shape.precision, zero_stage(engine_json))
         check_nvme(engine_json, ALL_OPS, torch.cuda.is_available())
         avoid_cpu_compilation()
         avoid_muon_compilation()
@@ -106,6 +106,11 @@ class DeepSpeedEngine(StepEngine):
             self._engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=resolved)
         for name in self._whole:
             place(model.get_submodule(name), device, shape.precision)
+        if self._stage == 0 and shape.precision == "bfloat16" and not hasattr(self._engine.optimizer, "bf16_groups"):
+            self._undo_first_step()
+        scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
+        if hasattr(scaler, "raise_error_at_min_scale"):
+            scaler.raise_error_at_min_scale = False  # train.max_skipped_steps says when to end, and can say why
         self._statistics = BatchNormStatistics(model)
         self.name = f"DeepSpeed ZeRO-{self._stage} ({optimizer_name}, {shape.precision})"
 
@@ -153,7 +158,9 @@ class DeepSpeedEngine(StepEngine):
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.whole_model`. Under ZeRO-3 the weights are gathered for the time of the context."""
-        return nullcontext(self._model) if self._stage < 3 else _Gathered(self._model)
+        if self._stage < 3:
+            return nullcontext(self._model)
+        return _Gathered(self._model, self._engine.optimizer.parameter_offload, self._whole)
 
     def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
         """See `Engine.parameter_states`."""
@@ -262,6 +269,21 @@ class DeepSpeedEngine(StepEngine):
             return nullcontext()
         return cast(AbstractContextManager[None], deepspeed.zero.GatheredParameters(sharded))
 
+    def _undo_first_step(self) -> None:
+        """Take back the step with zero gradients by which stage 0 in bfloat16 makes its moments: it has decayed the
+        master weights at the full learning rate, and Adam would count one update too many."""
+        inner = self._inner_optimizer()
+        inner.state.clear()
+        for group, parameters in zip(inner.param_groups, self._group_parameters, strict=True):
+            if "step" in group:  # DeepSpeed's FusedAdam counts here
+                group["step"] = 0
+            masters = group["params"]
+            if len(masters) == 1 and masters[0].ndim == 1 and masters[0].numel() == sum(p.numel() for p in parameters):
+                masters[0].data.copy_(torch.cat([parameter.data.flatten() for parameter in parameters]))
+            else:
+                for master, parameter in zip(masters, parameters, strict=True):
+                    master.data.copy_(parameter.data)
+
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that was handed in, below ZeRO's or the half-precision wrapper."""
         return cast(torch.optim.Optimizer, self._engine.basic_optimizer)
@@ -334,19 +356,32 @@ class DeepSpeedEngine(StepEngine):
 
 
 class _Gathered(AbstractContextManager[nn.Module]):
-    """Holds all weights of a ZeRO-3 model whole on every rank."""
+    """Holds all weights of a ZeRO-3 model whole on every rank, and through every forward pass until it ends.
 
-    def __init__(self, model: nn.Module) -> None:
+    DeepSpeed's hooks would free what a module has used after its first pass, gather it again in the next and compare
+    notes, all of it with the other ranks; ranks that generate answers make passes of their own number. So the hooks are
+    taken off meanwhile (private names of DeepSpeed 0.19; a test holds that they still do what is said here).
+    """
+
+    def __init__(self, model: nn.Module, offload: Any, hidden_parts: list[str]) -> None:
+        """`offload`: what set the hooks. `hidden_parts`: submodules that it was not shown."""
         self._model = model
+        self._offload = offload
+        self._hidden_parts = hidden_parts
         sharded = [parameter for parameter in model.parameters() if hasattr(parameter, "ds_id")]
         self._context = deepspeed.zero.GatheredParameters(sharded)
 
     def __enter__(self) -> nn.Module:
+        self._offload._remove_module_hooks()
+        self._offload.forward_hooks.clear()
+        self._offload.backward_hooks.clear()
         self._context.__enter__()
         return self._model
 
     def __exit__(self, *exception: Any) -> None:
         self._context.__exit__(*exception)
+        with hidden(self._model, self._hidden_parts):
+            self._offload.setup_zero_stage3_hooks()
 
 
 def _shard_from_meta(model: nn.Module, resolved: dict[str, Any], precision: str, read_weight: ReadWeight) -> None:
@@ -398,7 +433,12 @@ def _build_deepspeed_optimizer(
     return deepspeed.ops.adam.FusedAdam(groups, adam_w_mode=adamw, **arguments), f"DeepSpeed FusedAdam ({kind})"
 
 
-def _check_precision(precision: str) -> None:
+def _check_precision(precision: str, stage: int) -> None:
+    if precision == "float16" and stage == 0:
+        raise ConfigError(
+            "float16 at ZeRO stage 0: DeepSpeed unscales gradients there whose loss it did not scale; take stage 1 or "
+            "2 (ds_configs/fp16.json), bfloat16, or engine fsdp"
+        )
     accelerator = deepspeed.accelerator.get_accelerator()
     if precision == "float16" and not accelerator.is_fp16_supported():
         raise ConfigError(

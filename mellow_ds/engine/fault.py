@@ -35,9 +35,10 @@ def describe_fault(
     device: torch.device,
     rank: int,
 ) -> str:
-    """The message of the first rank that finds something, the same on all (a collective call).
+    """The message of the first rank that finds something, the same on all (a collective call); empty where none does.
 
-    Runs every micro-batch forward, and backward through activations only: no gradient of a weight comes of it.
+    Runs every micro-batch forward, and backward through activations only: no gradient of a weight comes of it. The loss
+    is not scaled: what overflows float16 by its loss scale alone is no fault.
     """
     found = ""
     for number, batch in enumerate(batches):
@@ -45,7 +46,7 @@ def describe_fault(
         if text and not found:
             examples = ", ".join(batch.example_ids[:_MAX_EXAMPLES]) + ("..." * (batch.num_examples > _MAX_EXAMPLES))
             found = f"rank {rank}, micro-batch {number} (examples {examples}): {text}"
-    return _first_of_all_ranks(found, device) or "no module gives a value that is not finite when the step is run again"
+    return _first_of_all_ranks(found, device)
 
 
 def _look_at(model: nn.Module, forward: Callable[[dict[str, Any]], Any], batch: Batch) -> str:

@@ -55,6 +55,11 @@ class FSDPEngine(StepEngine):
         self._clips = config.optimizer_type != "Muon"  # its updates have a size of their own
         self._scale = LossScale(engine_json.get("fp16", {})) if shape.precision == "float16" else None
         offload = _offloads(engine_json, self._stage)
+        if offload and not self._clips and device.type == "cuda":
+            raise ConfigError(
+                "train.optimizer_type Muon multiplies whole matrices, and with offload each rank has a part of them in "
+                "CPU memory, which ranks of GPUs cannot exchange: take no offload, or AdamW"
+            )
         self._wrapped: ShardedModel | ReplicatedModel
         if self._stage:
             self._wrapped = ShardedModel(
@@ -129,8 +134,12 @@ class FSDPEngine(StepEngine):
         for name, parameter in trained(self._model):
             keep = kept_by(keeper, name, self._rank)
             state = self._optimizer.state_of(parameter)
-            moments = {key: keep(whole_tensor(state[key])) for key in (*ADAM_MOMENTS, *MUON_MOMENTS) if key in state}
-            yield ParameterState(name, keep(whole_tensor(parameter)), moments, updates[id(parameter)])
+            moments = {
+                key: keep(whole_tensor(state[key], self.device))
+                for key in (*ADAM_MOMENTS, *MUON_MOMENTS)
+                if key in state
+            }
+            yield ParameterState(name, keep(whole_tensor(parameter, self.device)), moments, updates[id(parameter)])
 
     def load_parameter_states(self, states: Iterator[ParameterState]) -> None:
         """See `Engine.load_parameter_states`."""
@@ -160,7 +169,7 @@ class FSDPEngine(StepEngine):
             yield name, kept_by(keeper, name, self._rank)(buffer)
         for name, parameter in self._model.named_parameters():
             if not parameter.requires_grad:
-                yield name, kept_by(keeper, name, self._rank)(whole_tensor(parameter))
+                yield name, kept_by(keeper, name, self._rank)(whole_tensor(parameter, self.device))
 
     def scaler_state(self) -> dict[str, float]:
         """See `Engine.scaler_state`."""

@@ -101,9 +101,20 @@ class ShardedModel:
         return [module for module in self._model.modules() if isinstance(module, FSDPModule)]
 
 
-def whole_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """All of a sharded tensor (a collective call); others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def whole_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """All of a sharded tensor (a collective call); others as they are.
+
+    It is gathered on `device`: the ranks of GPUs cannot send what is offloaded from where it is.
+    """
+    if not isinstance(tensor, DTensor):
+        return tensor
+    own = tensor.to_local()
+    if own.device.type != device.type:
+        tensor = DTensor.from_local(
+            own.to(device), tensor.device_mesh, tensor.placements,
+            run_check=False, shape=tensor.shape, stride=tensor.stride(),
+        )  # fmt: skip
+    return tensor.full_tensor()
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:

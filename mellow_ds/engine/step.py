@@ -55,8 +55,9 @@ class StepEngine(ABC):
         fault = ""
         if skipped:
             self._statistics.put_back()
-            if not math.isfinite(loss) or self._precision != "float16":
-                fault = self._describe_fault(batches, random_state)
+            fault = self._describe_fault(batches, random_state)
+            if not fault and (not math.isfinite(loss) or self._precision != "float16"):
+                fault = "no module gives a value that is not finite when the step is run again"
         else:
             self._group_updates = [count + 1 for count in self._group_updates]
             self._statistics.average_over_ranks()

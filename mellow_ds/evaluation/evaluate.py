@@ -187,6 +187,7 @@ class _Generator:
             use_cache=True,
             eos_token_id=self.end_id,
             pad_token_id=self.end_id,
+            synced_gpus=False,  # the weights are whole on each rank: none waits for the others, which may be done
         )
         rows = new_ids.tolist()[: len(examples)]
         answers = [answer_text(row, self.tokenizer, self.end_id, self.max_new_tokens) for row in rows]

@@ -113,7 +113,7 @@ def run_case(world: World, case: Case, num_steps: int) -> Trajectory:
 
 def _check_own_weights(engine: Engine, weights: dict[str, np.ndarray], world: World, case: Case) -> None:
     with engine.whole_model() as whole:
-        own = arrays((name, whole_tensor(p)) for name, p in whole.named_parameters() if name in weights)
+        own = arrays((name, whole_tensor(p, p.device)) for name, p in whole.named_parameters() if name in weights)
         for name, weight in weights.items():
             if not np.array_equal(own[name], weight):
                 raise FaultError(f"{case}: {name} on rank {world.rank} is not what a checkpoint of it would hold")

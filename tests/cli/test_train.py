@@ -42,6 +42,23 @@ def test_a_run_leaves_what_the_readme_says(straight: Path) -> None:
     verify_checkpoint(straight / "checkpoints" / "step-000006")
 
 
+@pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
+def test_the_last_evaluation_waits_for_nobody_where_weights_are_sharded(
+    shards: Path, tmp_path: Path, engine: str
+) -> None:
+    """Three examples on two ranks: one has a batch to answer that the other has not, and answers differ in length."""
+    sharded = tmp_path / "zero3.json"
+    sharded.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
+    arguments = [
+        "--config", "quickstart", "--data.shards", shards / "train", "--data.eval_shards", shards / "test", *TINY,
+        "--train.evaluate_at_end", "true", "--evaluation.batch_size", 1, "--evaluation.max_examples", 3,
+        "--train.max_steps", 3, "--engine", engine, "--deepspeed_config", sharded,
+    ]  # fmt: skip
+    for rank in forked("train.py", *arguments, "--save-dir", tmp_path / "run", num_ranks=2):
+        assert rank.returncode == 0, rank.stderr[-3000:]
+    assert json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["num_examples"] == 3
+
+
 def test_stopped_and_resumed_is_the_same_run_bit_for_bit(straight: Path, shards: Path, tmp_path: Path) -> None:
     """Dropout is on, so the random states must come back; the second start takes another launcher and ZeRO stage."""
     arguments = ["--config", "quickstart", "--data.shards", shards / "train", "--save-dir", tmp_path, *TINY]

@@ -63,9 +63,17 @@ def make_engine(
     precision: str = "float32",
     **zero_optimization: Any,
 ) -> StepEngine:
-    """An engine of either back end at a ZeRO stage."""
-    engine_json = {"zero_optimization": {"stage": stage, **zero_optimization}}
+    """An engine of either back end at a ZeRO stage; at stage 3 every weight is cut, small ones too."""
+    cut = {"stage3_param_persistence_threshold": 0} if stage == 3 else {}
+    engine_json = {"zero_optimization": {"stage": stage, **cut, **zero_optimization}}
     return ENGINES[kind](model, engine_json, shape(world, accumulation, precision), config, torch.device("cpu"))
+
+
+def allow_float16() -> None:
+    """Have DeepSpeed take float16 on this CPU, which it refuses where the processor has no such arithmetic."""
+    from deepspeed.accelerator import get_accelerator
+
+    type(get_accelerator()).is_fp16_supported = lambda _: True
 
 
 def micro_batches(numbers: list[int], world: World, accumulation: int, audio_tokens: int) -> list[Batch]:

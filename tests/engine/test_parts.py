@@ -139,6 +139,10 @@ def check_choice(world: World) -> None:
         build_engine("deepspeed", model, {"zero_optimization": {"stage": 2}}, shape(world, 1), muon, cpu)
     engine = build_engine("auto", model, {"zero_optimization": {"stage": 2}}, shape(world, 1), muon, cpu)
     assert engine.name.startswith("FSDP2 stage 2 (torch Muon")
+    half = shape(world, 1, "float16")
+    with pytest.raises(ConfigError, match=r"float16 at ZeRO stage 0.*take stage 1 or 2"):
+        build_engine("deepspeed", small_model(1), {}, half, TRAIN, cpu)
+    assert build_engine("auto", small_model(1), {}, half, TRAIN, cpu).name.startswith("DDP (")
     lamb = with_train(optimizer_type="Lamb")
     with pytest.raises(ConfigError, match="Lamb needs whole layers, and ZeRO-2 flattens and cuts them: take stage 0"):
         build_engine("deepspeed", small_model(1), {"zero_optimization": {"stage": 2}}, shape(world, 1), lamb, cpu)

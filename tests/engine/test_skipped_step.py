@@ -12,7 +12,7 @@ from mellow_ds.engine.loss import StepTotals, loss_for_backward
 from mellow_ds.engine.step import StepEngine
 from mellow_ds.verify.small import TRAIN, small_model
 from mellow_ds.world import World
-from tests.engine.cases import EXAMPLES, make_engine, micro_batches, reference, train
+from tests.engine.cases import EXAMPLES, allow_float16, make_engine, micro_batches, reference, train
 from tests.ranks import run_ranks
 
 
@@ -72,24 +72,53 @@ def spoil_gradient(module: torch.nn.Module) -> None:
     module.forward = lambda *args, **kwargs: BadGradient.apply(forward(*args, **kwargs))
 
 
-def check_bad_gradient(world: World, kind: str, stages: list[int]) -> None:
+def check_bad_gradient(world: World, kind: str, stages: list[int], precision: str) -> None:
+    if precision == "float16":
+        allow_float16()
     for stage in stages:
         model = small_model(seed=1)
         tokens = model.num_audio_tokens
         if world.rank == 0:
             spoil_gradient(model.decoder.model.layers[1].mlp)
-        engine = make_engine(kind, model, stage, world)
-        result = take(engine, micro_batches(EXAMPLES[0], world, 2, tokens))
-        assert result.skipped
-        assert math.isfinite(result.loss)
-        assert result.fault.startswith("rank 0, micro-batch 0 (examples 0")
-        assert "the gradient at the output of decoder.model.layers." in result.fault
+        engine = make_engine(kind, model, stage, world, precision=precision)
+        if precision == "float16":
+            engine.load_scaler_state({**engine.scaler_state(), "cur_scale": 4.0, "cur_hysteresis": 1.0})
+        for _ in range(5):  # float16: past the floor of its loss scale
+            result = take(engine, micro_batches(EXAMPLES[0], world, 2, tokens))
+            assert result.skipped
+            assert math.isfinite(result.loss)
+            assert result.fault.startswith("rank 0, micro-batch 0 (examples 0")
+            assert "the gradient at the output of decoder.model.layers." in result.fault
         engine.close()
 
 
-@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
-def test_a_gradient_that_is_not_finite_is_traced_to_its_module(kind: str) -> None:
-    run_ranks(2, check_bad_gradient, kind, [0, 1, 2, 3])
+@pytest.mark.parametrize(
+    ("kind", "precision", "stages"),
+    [
+        ("deepspeed", "float32", [0, 1, 2, 3]),
+        ("fsdp", "float32", [0, 1, 2, 3]),
+        ("deepspeed", "float16", [1, 2, 3]),
+        ("fsdp", "float16", [0, 1, 2, 3]),
+    ],
+)
+def test_a_gradient_that_is_not_finite_is_traced_to_its_module(kind: str, precision: str, stages: list[int]) -> None:
+    run_ranks(2, check_bad_gradient, kind, stages, precision)
+
+
+def check_overflow(world: World, kind: str, stage: int) -> None:
+    allow_float16()
+    model = small_model(seed=1)
+    engine = make_engine(kind, model, stage, world, 1, precision="float16")
+    engine.load_scaler_state({**engine.scaler_state(), "cur_scale": 2.0**40, "cur_hysteresis": 1.0})
+    result = take(engine, micro_batches(EXAMPLES[0], world, 1, model.num_audio_tokens))
+    assert (result.skipped, result.fault) == (True, "")
+    assert engine.scaler_state()["cur_scale"] == 2.0**39
+    engine.close()
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("deepspeed", 2), ("fsdp", 3)])
+def test_an_overflow_by_the_loss_scale_alone_is_no_fault(kind: str, stage: int) -> None:
+    run_ranks(2, check_overflow, kind, stage)
 
 
 def test_an_infinite_loss_spoils_every_gradient() -> None:
