@@ -17,7 +17,6 @@ from mellow_ds.engine.protocol import Engine, StepResult
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
 from mellow_ds.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_STOPPED, FaultError, SaveError
 from mellow_ds.evaluation.eval_loss import EvalLoss
-from mellow_ds.log import ALIKE
 from mellow_ds.monitor.heartbeat import Heartbeat
 from mellow_ds.monitor.monitor import Monitor, StepRecord
 from mellow_ds.stopping import StopRequest, TimeBudget
@@ -68,6 +67,11 @@ class _Metrics:
             self.loss_sum += result.loss * result.num_answer_tokens
             self.num_answer_tokens += result.num_answer_tokens
 
+    def take_back(self, unsaved: "_Metrics") -> None:
+        """Count again the steps of a checkpoint that could not be saved: they belong to the next one."""
+        self.loss_sum += unsaved.loss_sum
+        self.num_answer_tokens += unsaved.num_answer_tokens
+
     def values(self) -> dict[str, float | None]:
         """By the names of `train.keep_best`."""
         loss = self.loss_sum / self.num_answer_tokens if self.num_answer_tokens else None
@@ -91,8 +95,12 @@ class Trainer:
         last_step: int,
         heartbeat: Heartbeat | None = None,
         measure: Callable[[], EvalLoss] | None = None,
+        budget: TimeBudget | None = None,
     ) -> None:
-        """`measure`: the loss on the evaluation set, a collective call; None where `evaluate_every_steps` is 0."""
+        """`measure`: the loss on the evaluation set, a collective call; None where `evaluate_every_steps` is 0.
+
+        `budget`: of the phases before in this process; None: this is all there is.
+        """
         self._config = config
         self._world = world
         self._engine = engine
@@ -105,23 +113,23 @@ class Trainer:
         self._last_step = last_step
         self._heartbeat = heartbeat or Heartbeat()
         self._measure = measure
-        self._budget = TimeBudget(config.max_hours, stop.started)
+        self._budget = budget or TimeBudget(config.max_hours, stop.started)
         self._metrics = _Metrics()
+        self._metrics_in_save = _Metrics()  # of the checkpoint on its way
         self.progress = Progress()
 
     def run(self) -> int:
-        """Train to the last step or until asked to stop; returns the exit code."""
+        """Train to the last step or until asked to stop; returns the exit code, that of a stop in the last step too."""
         if self.progress.step >= self._last_step:
             _log.info("step %d is the last: nothing to train", self.progress.step)
             return EXIT_DONE
+        self._budget.begin_steps()
         exit_code = self._agree(0)  # a signal may have come while the run was starting
         try:
             exit_code = exit_code or self._run_steps()
         except BaseException:
             self._checkpoints.leave()
             raise
-        if exit_code:
-            _log.warning("asked to stop after step %d; start again to go on", self.progress.step, extra=ALIKE)
         return exit_code
 
     def _run_steps(self) -> int:
@@ -150,8 +158,7 @@ class Trainer:
             if not exit_code:
                 self._measure_if_due()
             self._save_if_due(exit_code)
-        # a run that is asked to stop in its last step has nothing left to do
-        return exit_code if self.progress.step < self._last_step else EXIT_DONE
+        return exit_code
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take over what `_state` put into a checkpoint."""
@@ -176,7 +183,7 @@ class Trainer:
         if not result.skipped:
             return
         progress, most = self.progress, self._config.max_skipped_steps
-        fault = result.fault or "gradients overflowed float16; its loss scale is lowered"
+        fault = result.fault or "gradients overflowed float16 at the loss scale of that step"
         if self._world.is_main:
             _log.warning("step %d is skipped, %d in a row: %s", progress.step, progress.num_skipped_in_row, fault)
         if progress.num_skipped_in_row > most:
@@ -250,7 +257,7 @@ class Trainer:
         self._finish_save()
         self._heartbeat.at("save", grace_seconds=_SAVE_SECONDS)
         outcome = self._checkpoints.begin(self.progress.step, self._engine, self._state())
-        self._metrics = _Metrics()
+        self._metrics, self._metrics_in_save = _Metrics(), self._metrics
         if outcome is None and (is_last or not self._config.async_save):
             outcome = self._checkpoints.wait()
         if is_last and outcome is not None and outcome.error:
@@ -271,6 +278,7 @@ class Trainer:
             self._monitor.event("save_failed", outcome.step, {"reason": outcome.error})
             if self._world.is_main:
                 _log.error("%s; the run goes on", outcome.error)
+            self._metrics.take_back(self._metrics_in_save)
             return
         self._budget.note_save(outcome.seconds)
         _log.info(

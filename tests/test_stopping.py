@@ -3,6 +3,7 @@
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -17,6 +18,7 @@ def _handlers() -> Iterator[None]:
     """Signals are as they were afterwards."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)}
     yield
+    signal.set_wakeup_fd(-1)
     for number, handler in before.items():
         signal.signal(number, handler)
 
@@ -49,6 +51,52 @@ print("not reached", flush=True)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout == f"goes on {EXIT_INTERRUPTED if first == 'SIGINT' else EXIT_STOPPED}\n"
     assert done.returncode == -signal.Signals[second]
+
+
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_second_signal_ends_a_process_that_is_not_in_python(second: signal.Signals) -> None:
+    """Such as a rank that waits for another in a collective; two that come together are one."""
+    code = """
+import ctypes
+from mellow_ds.stopping import StopRequest
+StopRequest().listen()
+library, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(256)
+library.pthread_mutex_lock(mutex)
+print("waits", flush=True)
+library.pthread_mutex_lock(mutex)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"waits\n"
+            for _ in range(2):
+                process.send_signal(signal.SIGTERM)
+                time.sleep(0.1)
+            time.sleep(1.2)
+            assert process.poll() is None
+            process.send_signal(second)
+            assert process.wait(60) == -second
+        finally:
+            process.kill()
+
+
+def test_signals_of_a_child_that_was_forked_are_its_own() -> None:
+    code = """
+import os, signal, time
+from mellow_ds.stopping import StopRequest
+StopRequest().listen()
+for _ in range(2):
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+    os.waitpid(pid, 0)
+    time.sleep(1.2)
+print("goes on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("goes on\n", 0)
 
 
 def test_ctrl_c_ends_the_start_at_once() -> None:
@@ -107,6 +155,20 @@ def test_before_a_save_is_measured_a_tenth_of_the_budget_is_kept_at_most_a_minut
         assert not budget.is_spent
         clock[0] += 2
         assert budget.is_spent
+
+
+def test_what_is_built_between_two_phases_is_no_step(clock: list[float]) -> None:
+    budget = TimeBudget(1.0, started=0.0)
+    for begins in (0.0, 1000.0):  # 990 s of building
+        clock[0] = begins
+        budget.begin_steps()
+        budget.note_step()
+        clock[0] = begins + 10
+        budget.note_step()
+    clock[0] = 3600 - 1.25 * (10 + 60) - 1
+    assert not budget.is_spent
+    clock[0] += 2
+    assert budget.is_spent
 
 
 def test_no_budget_is_never_spent(clock: list[float]) -> None:

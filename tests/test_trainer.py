@@ -208,11 +208,14 @@ def saves_in_the_background(world: World) -> None:
 
 def failing_saves(world: World) -> None:
     """A failed one in between is noted and the next one tried; a failed last one ends the run with code 1."""
+    losses = (1.0, 2.0, 3.0, 4.0, 5.0, 6.0)
     trainer, checkpoints, records = make(
-        world, Engine(), StopRequest(), 6, Checkpoints(failing=(2, 4)), save_every_steps=2
+        world, Engine(losses=losses), StopRequest(), 6, Checkpoints(failing=(2, 4)), save_every_steps=2
     )
     assert trainer.run() == 0
-    assert [step for step, _ in checkpoints.saved] == [2, 4, 6]
+    # what could not be saved counts in the next
+    saved = [(step, state["metrics"]["loss"]) for step, state in checkpoints.saved]
+    assert saved == [(2, 1.5), (4, 2.5), (6, 3.5)]
     assert records.events == [("save_failed", 2), ("save_failed", 4), ("save", 6)]
     trainer, checkpoints, records = make(world, Engine(), StopRequest(), 6, Checkpoints(failing=(6,)))
     with pytest.raises(SaveError, match="step 6 was not saved: the disk is full") as caught:
@@ -271,7 +274,7 @@ def time_budget(world: World) -> None:
 
 
 def signals(world: World) -> None:
-    """Before the first step there is nothing to save; in the last step nothing is left to do."""
+    """Before the first step there is nothing to save; in the last step of a phase the next need not be built."""
     stop = StopRequest()
     stop.exit_code = EXIT_STOPPED
     trainer, checkpoints, _ = make(world, Engine(), stop)
@@ -279,7 +282,7 @@ def signals(world: World) -> None:
     assert not checkpoints.saved
     stop = StopRequest()
     trainer, checkpoints, _ = make(world, Engine(stop, 6), stop)
-    assert trainer.run() == 0
+    assert trainer.run() == EXIT_STOPPED
     assert [step for step, _ in checkpoints.saved] == [4, 6]
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from mellow_ds.checkpoint.peers import Peers
+from mellow_ds.checkpoint.step_folder import STATE_FILE
 from mellow_ds.errors import CheckpointError
 
 FILES_NAME = "files.json"
@@ -82,6 +83,11 @@ def verify_checkpoint(folder: Path, rank: int = 0, num_ranks: int = 1) -> None:
             raise CheckpointError(f"{path} cannot be read ({error.strerror})") from None
         if found != entries[name]:
             raise CheckpointError(f"{path} is damaged: its SHA-256 is not what was written")
+
+
+def is_step_folder(folder: Path) -> bool:
+    """Whether a folder holds what a run saved, whose files can be checked; others are exported or converted models."""
+    return (folder / FILES_NAME).is_file() or (folder / STATE_FILE).is_file()
 
 
 def damage_of(folder: Path, peers: Peers) -> str:

@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 
 from mellow_ds.checkpoint.step_folder import read_state, step_of
@@ -31,15 +32,16 @@ def best_step(steps: list[Path], metric: str) -> Path | None:
     return best
 
 
-def remove_old(folder: Path, step: int, keep: int, keep_best: str) -> None:
+def remove_old(folder: Path, step: int, keep: int, keep_best: str, damaged: Collection[int] = ()) -> None:
     """Remove the steps before `step` but the newest `keep` (it included) and the best by the metric `keep_best`.
 
     Later steps stay as they are: a run that went back to an older one has found them damaged, and they must not take
-    the place of those that it saves now.
+    the place of those that it saves now. Nor do those `damaged` when it has passed them: they go with older ones.
     """
     steps = [path for path in published_steps(folder) if (step_of(path) or 0) <= step]
-    best = best_step(steps, keep_best) if keep_best else None
-    for path in steps[:-keep]:
+    whole = [path for path in steps if step_of(path) not in damaged]
+    best = best_step(whole, keep_best) if keep_best else None
+    for path in steps[: steps.index(whole[-keep:][0])]:
         if path != best:
             remove_step(path)
 

@@ -83,6 +83,7 @@ class CheckpointStore:
         self._description: dict[str, bytes] | None = None
         self._pending: _Pending | None = None
         self._staging = Staging()
+        self._damaged: frozenset[int] = frozenset()  # published steps that `newest` passed over
 
     def steps(self) -> list[Path]:
         """Published step folders, oldest first."""
@@ -108,6 +109,7 @@ class CheckpointStore:
         for step in reversed(steps):
             damage = damage_of(self.folder_of(step), self._peers)
             if not damage:
+                self._damaged = frozenset(later for later in steps if later > step)
                 return self.folder_of(step)
             damages.append(damage)
             if self._world.is_main and step != steps[0]:
@@ -139,7 +141,8 @@ class CheckpointStore:
         if self._world.is_main:
             try:
                 make_aside(pending.aside)
-            except OSError as error:
+                self._make_description(pending.aside)
+            except Exception as error:  # a tokenizer that cannot be written raises one of many kinds
                 pending.error = error
         if not self._peers.all_ok(pending.error is None):
             return self._failed(pending)
@@ -150,7 +153,7 @@ class CheckpointStore:
             content = {"format_version": FORMAT_VERSION, "world_size": self._world.size, **state}
             contents[STATE_FILE] = (json.dumps(content, indent=1) + "\n").encode()
             contents.update({name: text.encode() for name, text in snapshot.indices().items()})
-            contents.update(self._described())
+            contents.update(self._description or {})
         tensors = snapshot.files()
         pending.task = BackgroundTask(lambda: write_part(pending.aside, self._world.rank, tensors, contents))
         pending.seconds_blocked = time.monotonic() - pending.started
@@ -200,7 +203,8 @@ class CheckpointStore:
 
     def _publish(self, pending: _Pending) -> None:
         publish(pending.aside, pending.final, self._world.size)
-        remove_old(self._folder, pending.step, self._keep, self._keep_best)
+        self._damaged -= {pending.step}
+        remove_old(self._folder, pending.step, self._keep, self._keep_best, self._damaged)
 
     def _failed(self, pending: _Pending) -> SaveOutcome:
         """Remove what was begun, and say on all ranks what went wrong on one."""
@@ -221,10 +225,9 @@ class CheckpointStore:
         seconds = time.monotonic() - pending.started
         return SaveOutcome(pending.step, pending.final, pending.num_bytes, pending.seconds_blocked, seconds, error)
 
-    def _described(self) -> dict[str, bytes]:
-        """The files of `describe`, made once and here: a tokenizer may not be used by two threads at a time."""
+    def _make_description(self, aside: Path) -> None:
+        """Keep the files of `describe`, made once and here: a tokenizer may not be used by two threads at a time."""
         if self._description is None:
-            with tempfile.TemporaryDirectory() as name:
+            with tempfile.TemporaryDirectory(dir=aside) as name:  # no other disk is needed for a save than its own
                 self._describe(Path(name))
                 self._description = {path.name: path.read_bytes() for path in Path(name).iterdir()}
-        return self._description

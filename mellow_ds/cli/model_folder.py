@@ -22,7 +22,7 @@ def load_model_folder(
     import torch
     from transformers.utils.logging import disable_progress_bar
 
-    from mellow_ds.checkpoint.files_list import FILES_NAME, verify_checkpoint
+    from mellow_ds.checkpoint.files_list import is_step_folder, verify_checkpoint
     from mellow_ds.checkpoint.step_folder import MODEL
     from mellow_ds.checkpoint.tensor_files import TensorFiles
     from mellow_ds.model.modeling import MellowForConditionalGeneration
@@ -30,7 +30,7 @@ def load_model_folder(
 
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} has no config.json: name a step folder, such as RUN/checkpoints/step-000200")
-    if (folder / FILES_NAME).is_file():
+    if is_step_folder(folder):
         verify_checkpoint(folder)
     with TensorFiles(folder, MODEL):  # says what is missing or is no safetensors file
         pass

@@ -1,6 +1,8 @@
 """A training run from its configuration: each part is built in a line or two, then the trainer runs."""
 
+import gc
 import logging
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from mellow_ds.checkpoint.files_list import FILES_NAME, damage_of
+from mellow_ds.checkpoint.failure import reason_of
+from mellow_ds.checkpoint.files_list import damage_of, flush, is_step_folder
 from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights, open_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.step_folder import read_state
@@ -28,7 +31,7 @@ from mellow_ds.ds_config import StepShape, choose_precision, read_engine_json
 from mellow_ds.engine.build import build_engine, shards_parameters
 from mellow_ds.engine.protocol import Engine
 from mellow_ds.engine.schedule import ClipThreshold, Schedule
-from mellow_ds.errors import CheckpointError, ConfigError
+from mellow_ds.errors import EXIT_DONE, CheckpointError, ConfigError, FaultError
 from mellow_ds.log import ALIKE
 from mellow_ds.model.assemble import build_layout, build_model, load_tokenizer, unfrozen_parts
 from mellow_ds.model.blocks import compile_blocks, recompute_activations
@@ -40,7 +43,7 @@ from mellow_ds.model.processing import MellowProcessor, build_processor
 from mellow_ds.monitor.heartbeat import Heartbeat
 from mellow_ds.monitor.monitor import open_monitor
 from mellow_ds.prompt import Layout
-from mellow_ds.stopping import StopRequest
+from mellow_ds.stopping import StopRequest, TimeBudget
 from mellow_ds.trainer import Trainer
 from mellow_ds.world import World
 
@@ -77,11 +80,21 @@ def train(
     epoch_steps = steps_per_epoch(epochs_from_config(reader, config.data, 0).num_examples, plan.global_batch_size)
     total_steps = config.train.max_steps or config.train.num_epochs * epoch_steps
     last_step = min(config.train.stop_at_step or total_steps, total_steps)
-    run = _Run(config, world, device, stop, heartbeat or Heartbeat(), reader, plan, total_steps, last_step)
+    budget = TimeBudget(config.train.max_hours, stop.started)
+    run = _Run(config, world, device, stop, heartbeat or Heartbeat(), reader, plan, total_steps, last_step, budget)
+    is_begun = False
     while True:
-        exit_code, step = _train_phase(run)
-        if exit_code or step >= last_step:
+        exit_code, step = _train_phase(run, is_begun)
+        if step >= last_step:
+            return EXIT_DONE  # a run that is asked to stop in its last step has nothing left to do
+        if exit_code:
+            _log.warning("asked to stop after step %d; start again to go on", step, extra=ALIKE)
             return exit_code
+        is_begun = True
+        # models and engines hold themselves by cycles: two of them at a time may be more than there is memory for
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -97,6 +110,7 @@ class _Run:
     plan: BatchPlan
     total_steps: int  # of the schedule
     last_step: int  # that this start takes
+    budget: TimeBudget
 
     def phase(self, step: int) -> tuple[tuple[str, ...], int]:
         """(the parts that are trained from `step` on, the step where that ends)."""
@@ -108,8 +122,11 @@ class _Run:
         return parts, self.last_step
 
 
-def _train_phase(run: _Run) -> tuple[int, int]:
-    """Build everything for the phase that the newest checkpoint stands in and train to its end: (exit code, step)."""
+def _train_phase(run: _Run, is_begun: bool) -> tuple[int, int]:
+    """Build everything for the phase that the newest checkpoint stands in and train to its end: (exit code, step).
+
+    `is_begun`: that checkpoint is of this start.
+    """
     config, world, device, reader, heartbeat = run.config, run.world, run.device, run.reader, run.heartbeat
     folder = Path(config.save_dir)
     peers = Peers(world, device)
@@ -118,7 +135,7 @@ def _train_phase(run: _Run) -> tuple[int, int]:
         describe=lambda step_folder: parts.describe(step_folder),  # made below: they depend on what is found
         keep_best=config.train.keep_best,
     )  # fmt: skip
-    resumed = _find_resumed(config, checkpoints)
+    resumed = _find_resumed(config, checkpoints, is_begun)
     start_from = resumed or _named_start(config, peers)
     parts = _build_parts(config, reader, folder, world, start_from)
     _load_start(parts.model, start_from, reader)
@@ -144,6 +161,7 @@ def _train_phase(run: _Run) -> tuple[int, int]:
             config.train, world, engine, stream, Schedule(config.train, run.total_steps), ClipThreshold(config.train),
             checkpoints, monitor, run.stop, end_step, heartbeat,
             measure=lambda: measure_engine(engine, parts.tokenizer, parts.layout, config, world, heartbeat),
+            budget=run.budget,
         )  # fmt: skip
         if state:
             trainer.restore(state)
@@ -152,14 +170,15 @@ def _train_phase(run: _Run) -> tuple[int, int]:
         _say_what_runs(run, engine.name, parts.model, start_step, end_step)
         run.stop.listen()
         exit_code = trainer.run()
-    if not exit_code and end_step == run.last_step and config.train.evaluate_at_end:
+    step = trainer.progress.step
+    if step >= run.last_step and config.train.evaluate_at_end:
         with run.stop.at_once(), engine.whole_model() as whole:
             evaluate_model(
                 whole, parts.tokenizer, parts.layout, config, world, device, folder / "evaluation",
-                {"step": end_step}, heartbeat,
+                {"step": step}, heartbeat,
             )  # fmt: skip
     engine.close()
-    return exit_code, end_step
+    return exit_code, step
 
 
 def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World, start_from: Path | None) -> _Parts:
@@ -226,25 +245,32 @@ def _build_engine(
 def _shared_tokenizer(config: RunConfig, reader: ShardReader, saved: Path, world: World) -> object:
     """The run's tokenizer; rank 0 makes it where there is none and saves it, the others read what it saved.
 
-    A run that starts from a checkpoint takes that one's: its weights know no other ids.
+    A run that starts from a checkpoint takes that one's: its weights know no other ids. Once there, it is only read: a
+    full disk or a kill leaves no half of it. Raises `FaultError` where it cannot be written.
     """
-    if world.is_main:
+    if world.is_main and not (saved / _TOKENIZER_NAME).is_file():
         started = Path(config.resume_checkpoint) if config.resume_checkpoint else saved
-        has_own = (saved / _TOKENIZER_NAME).is_file() or not (started / _TOKENIZER_NAME).is_file()
-        tokenizer = load_tokenizer(
-            config.model, config.data, lambda: iterate_texts(reader), saved if has_own else started
-        )
-        tokenizer.save_pretrained(saved)
+        tokenizer = load_tokenizer(config.model, config.data, lambda: iterate_texts(reader), started)
+        aside = saved.with_name(f".writing-{saved.name}")
+        try:
+            for old in (aside, saved):  # of a start that was cut off
+                shutil.rmtree(old, ignore_errors=True)
+            tokenizer.save_pretrained(aside)
+            for path in (*aside.iterdir(), aside):
+                flush(path)
+            aside.rename(saved)
+        except Exception as error:  # a library of Rust raises kinds of its own
+            raise FaultError(f"{saved} cannot be written: {reason_of(error)}") from error
     dist.barrier()
     return load_tokenizer(config.model, config.data, saved=saved)
 
 
-def _find_resumed(config: RunConfig, checkpoints: CheckpointStore) -> Path | None:
-    """The step folder to go on from; the same on all ranks."""
+def _find_resumed(config: RunConfig, checkpoints: CheckpointStore, is_begun: bool) -> Path | None:
+    """The step folder to go on from; the same on all ranks. `is_begun`: it is of this start."""
     found = checkpoints.newest()
     if found is None:
         return None
-    if config.train.resume == "never":
+    if config.train.resume == "never" and not is_begun:
         raise ConfigError(f"{found} is there and train.resume is never: choose another save_dir, or set resume to auto")
     _log.info("going on from %s", found)
     return found
@@ -255,9 +281,9 @@ def _named_start(config: RunConfig, peers: Peers) -> Path | None:
     if not config.resume_checkpoint:
         return None
     folder = Path(config.resume_checkpoint)
-    # where one rank finds a list, all share the reading: hosts may see different disks
-    has_no_list = peers.all_ok(not (folder / FILES_NAME).is_file())
-    damage = "" if has_no_list else damage_of(folder, peers)
+    # where one rank finds what was saved, all share the reading: hosts may see different disks
+    is_model = peers.all_ok(not is_step_folder(folder))
+    damage = "" if is_model else damage_of(folder, peers)
     if damage:
         raise CheckpointError(f"resume_checkpoint: {damage}; name another step folder")
     return folder

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from mellow_ds.checkpoint.files_list import verify_checkpoint
+from mellow_ds.cli.model_folder import load_model_folder
 from mellow_ds.errors import CheckpointError
 from mellow_ds.monitor.metrics import read_metrics
 from tests.cli.runs import TINY, forked, started
@@ -79,6 +80,18 @@ def test_steps_that_lack_a_rank_s_file_or_have_it_empty_are_passed_over(
         for folder in (run, straight)
     ]
     assert losses[0] == losses[1]
+
+
+def test_a_named_step_without_its_list_of_files_is_refused(straight: Path, shards: Path, tmp_path: Path) -> None:
+    """Nothing could say whether the rest of it is whole."""
+    step = tmp_path / "step-000006"
+    shutil.copytree(straight / "checkpoints" / step.name, step)
+    (step / "files.json").unlink()
+    (started_from,) = forked("train.py", *training(shards, tmp_path / "run", "--resume_checkpoint", step))
+    assert started_from.returncode == 2, started_from.stderr[-3000:]
+    assert f"{step} has no readable files.json" in started_from.stderr.splitlines()[-1]
+    with pytest.raises(CheckpointError, match=r"no readable files\.json"):
+        load_model_folder(step, "cpu")
 
 
 def test_a_signal_before_the_first_step_ends_with_its_code(shards: Path, tmp_path: Path) -> None:
@@ -171,7 +184,8 @@ def foreign(straight: Path, tmp_path: Path) -> Path:
     """A model folder with code in it that its configuration names, as if it were from a hub."""
     folder = tmp_path / "foreign"
     shutil.copytree(straight / "checkpoints" / "step-000006", folder)
-    (folder / "files.json").unlink()
+    for name in ("files.json", "state.json"):  # what tells a step that a run saved
+        (folder / name).unlink()
     marker = tmp_path / "marker"
     (folder / "evil.py").write_text(f"import os\nos.mkdir({str(marker)!r})\n")
     return folder
@@ -179,8 +193,6 @@ def foreign(straight: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("where", ["model", "text", "encoder", "processor", "tokenizer"])
 def test_code_that_a_model_folder_names_is_not_run(foreign: Path, where: str) -> None:
-    from mellow_ds.cli.model_folder import load_model_folder
-
     named = {"auto_map": dict.fromkeys(("AutoConfig", "AutoModel", "AutoModelForCausalLM"), "evil.Evil")}
     named["auto_map"]["AutoProcessor"] = "evil.Evil"
     file = {"processor": "processor_config.json", "tokenizer": "tokenizer_config.json"}.get(where, "config.json")
@@ -211,7 +223,7 @@ def test_a_pickle_in_place_of_the_weights_is_refused_by_the_command(
 
     folder = tmp_path / "foreign"
     shutil.copytree(straight / "checkpoints" / "step-000006", folder)
-    for path in [*folder.glob("model*"), folder / "files.json"]:
+    for path in [*folder.glob("model*"), folder / "files.json", folder / "state.json"]:
         path.unlink()
     (folder / "pytorch_model.bin").write_bytes(pickle.dumps(Malicious(tmp_path / "marker")))
     audio = next((shards / "corpus" / "audio" / "test").iterdir())

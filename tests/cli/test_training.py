@@ -1,13 +1,19 @@
 """How a run is put together: keys of one word that change how the model runs reach it, and are off by default."""
 
+import errno
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from mellow_ds.cli import training
 from mellow_ds.config.load import load_run_config
 from mellow_ds.data.order import BatchPlan
+from mellow_ds.data.reader import ShardReader
+from mellow_ds.errors import FaultError
 from mellow_ds.model.norm import BatchNorm2d
 from mellow_ds.verify.small import batch_of, small_model
 from mellow_ds.world import World
@@ -56,3 +62,30 @@ def check(world: World) -> None:
 
 def test_keys_of_one_word_reach_the_model() -> None:
     run_ranks(2, check)
+
+
+def make_tokenizer(world: World, shards: Path, saved: Path) -> None:
+    config = load_run_config("quickstart", {"data.shards": str(shards)})
+    reader = ShardReader.from_config(config.data.train_shards, config.data)
+    original = PreTrainedTokenizerBase.save_pretrained
+
+    def half(self: Any, folder: Path, *_: Any, **__: Any) -> None:
+        original(self, folder)
+        (folder / "tokenizer.json").write_text("{")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    PreTrainedTokenizerBase.save_pretrained = half  # type: ignore[assignment]
+    with pytest.raises(FaultError, match=r"tokenizer cannot be written: the disk is full"):
+        training._shared_tokenizer(config, reader, saved, world)
+    PreTrainedTokenizerBase.save_pretrained = original
+    assert not saved.exists()
+    made: Any = training._shared_tokenizer(config, reader, saved, world)
+    # it is there: a start reads it, and writes nothing that could be cut off
+    PreTrainedTokenizerBase.save_pretrained = half  # type: ignore[assignment]
+    again: Any = training._shared_tokenizer(config, reader, saved, world)
+    assert again.get_vocab() == made.get_vocab()
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]
+
+
+def test_a_tokenizer_is_whole_or_not_there(shards: Path, tmp_path: Path) -> None:
+    run_ranks(1, make_tokenizer, shards / "train", tmp_path / "run" / "tokenizer")
