@@ -174,11 +174,14 @@ def test_a_killed_rank_is_named_at_once_and_the_run_goes_on_bit_for_bit(shards: 
     for done in forked("train.py", *training(shards / "train", tmp_path / "whole", **long), num_ranks=2):
         assert done.returncode == 0, done.stderr[-3000:]
     arguments = training(shards / "train", tmp_path / "cut", **long)
-    with started("train.py", *arguments, num_ranks=2) as ranks:
+    gate = tmp_path / "gate"  # the run does not end before the kill
+    noting = [f"--notes={tmp_path / 'notes'}", f"--gate=12:{gate}"]
+    with started("noting.py", *noting, *arguments, num_ranks=2) as ranks:
         ranks[0].wait_for(wrote_steps(tmp_path / "cut", 8))
         pid = ranks[1].pid
         os.kill(pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
+        gate.touch()
+        deadline = time.monotonic() + 60
         first, second = (rank.end(deadline) for rank in ranks)
     assert (first.returncode, second.returncode) == (1, -signal.SIGKILL)
     assert "error: rank 0: ended because rank 1 failed first: the process (host " in last_line(first.stderr)

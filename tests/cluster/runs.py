@@ -14,8 +14,8 @@ from tests.cli.runs import ROOT, TINY, environment
 from tests.cluster.hosts import FRONT, INTERFACE, NODES, Hosts, is_alive
 from tests.ranks import free_port
 
-SECONDS = 30  # from a fault to the end of all, and to a host without a process of the run
-START_SECONDS = 200  # until ranks that import torch are at work, beside other tests
+SECONDS = 75  # from a fault to the end of all, and to a host without a process of the run
+START_SECONDS = 600  # until ranks that import torch are at work, beside other tests
 WORK = ROOT / "tests" / "cluster" / "work.py"
 
 

@@ -28,7 +28,7 @@ from tests.cluster.runs import (
 )
 from tests.guide import quoted
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(1500)]
 NOTING = ROOT / "tests" / "cli" / "noting.py"
 STEPS = 100
 
@@ -50,6 +50,7 @@ def examples_of_steps(run: Path) -> dict[int, list[str]]:
 def test_a_run_goes_on_as_if_no_host_had_been_lost(hosts: Hosts, corpus: Path, tmp_path: Path) -> None:
     """On two hosts, on the one that is left, and on both again."""
     run, whole, gate = tmp_path / "run", tmp_path / "whole", tmp_path / "gate"
+    checkpoints = run / "checkpoints"
     options = ["--interface", INTERFACE, "--min-hosts", 1]
     with (
         launch(hosts, *options, "--", NOTING, *noting(corpus, run), f"--gate=60:{gate}") as launched,
@@ -59,6 +60,7 @@ def test_a_run_goes_on_as_if_no_host_had_been_lost(hosts: Hosts, corpus: Path, t
         def wait_for_steps(count: int) -> None:
             wait_for(lambda: launched.process.poll() is not None or wrote_steps(run, count), START_SECONDS)
 
+        wait_for(lambda: launched.process.poll() is not None or any(checkpoints.glob("step-*")), START_SECONDS)
         wait_for_steps(15)
         hosts.power_off("node1")  # the first: rank 0 with the lock of the run, and the place where all meet
         launched.wait_for("restart 1 of 3: 1 ranks on node2\n")

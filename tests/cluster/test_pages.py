@@ -13,7 +13,7 @@ from tests.cluster.runs import START_SECONDS, losses, wrote_steps
 from tests.cluster.slurm import Job, Slurm
 from tests.docs.commands import fenced_commands, mentioned_commands
 
-pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(800)]  # many lines, each a start
+pytestmark = [pytest.mark.cluster, pytest.mark.slow, pytest.mark.timeout(2400)]  # many lines, each a start
 LINE_OF_A_PLACE = re.compile("(NODE_RANK|RANK)=")  # typed on each host
 
 

@@ -174,7 +174,7 @@ def test_threads_share_a_download(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(10)
+        thread.join(60)
     assert len(fetched) == 1
     assert not any(thread.is_alive() for thread in threads)
 
@@ -189,13 +189,13 @@ def test_who_waits_reads_what_another_has_brought_and_still_reads(tmp_path: Path
         filler()(file)
 
     def wait() -> None:
-        assert is_fetching.wait(5)
+        assert is_fetching.wait(60)
         found.append(cache.open(entry(0), never))
 
     second = threading.Thread(target=wait, daemon=True)
     second.start()
     first = cache.open(entry(0), slowly)
-    second.join(timeout=5)
+    second.join(timeout=60)
     assert found, "it waits for a lock that the first holds for as long as it reads"
     assert os.pread(found[0], 200 * KB, 0) == b"x" * 100 * KB
     for descriptor in (first, *found):
@@ -208,9 +208,13 @@ def test_a_file_is_published_when_nobody_makes_room(tmp_path: Path) -> None:
     thread = threading.Thread(target=lambda: os.close(cache.open(entry(0), filler())), daemon=True)
     with cache._lock():
         thread.start()
+        deadline = time.monotonic() + 60
+        while used(cache) < 100 * KB:  # until it has come, and a moment more
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         time.sleep(0.3)
         assert names(cache) == ["shard-000000.tar.100000.part"]
-    thread.join(timeout=5)
+    thread.join(timeout=60)
     assert names(cache) == ["shard-000000.tar"]
 
 
@@ -253,10 +257,10 @@ def test_who_waits_goes_on_where_a_killed_downloader_stopped(tmp_path: Path) -> 
     with pytest.raises(subprocess.TimeoutExpired):
         second.wait(1.0)  # it waits for the first
     first.kill()
-    out, _ = second.communicate(timeout=10)
+    out, _ = second.communicate(timeout=60)
     assert out.split("\n")[0] == "starts 10000"
     assert out.split()[-1] == "done"
-    first.wait(5)
+    first.wait(60)
     first.stdout.close()
     assert names(ShardCache(tmp_path)) == ["shard-000000.tar"]
 
@@ -272,7 +276,7 @@ def test_a_downloader_that_stands_still_is_named_in_the_end(tmp_path: Path, monk
             ShardCache(tmp_path).open(entry(0), never)
     finally:
         first.kill()
-        first.wait(5)
+        first.wait(60)
         first.stdout.close()
 
 

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import threading
 
 from mellow_ds.launcher.agent import _wait_until_gone
 
@@ -11,10 +12,12 @@ def test_ranks_of_an_attempt_before_are_waited_for() -> None:
         return subprocess.Popen(["sleep", str(seconds)], env={**os.environ, "MELLOW_LAUNCH_ID": "7f3a"})
 
     assert _wait_until_gone("7f3a", 0)
-    short = rank(0.5)
+    short = rank(60)
     try:
         assert _wait_until_gone("7f3", 0)  # another launch
         assert not _wait_until_gone("7f3a", 0.1)
+        threading.Timer(0.5, short.kill).start()
         assert _wait_until_gone("7f3a", 30)
     finally:
+        short.kill()
         short.wait()

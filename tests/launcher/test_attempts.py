@@ -49,12 +49,19 @@ class Case:
         self.folder = folder
         self._calls = folder / "calls-of-b"
 
-    def run(self, code: str, min_hosts: int = 1, max_restarts: int = 3, b_fails_at: str = "none") -> int:
-        """The exit code; `b_fails_at`: which connections to b fail, as digits from 1 (1 is that of the first start)."""
+    def run(
+        self, code: str, min_hosts: int = 1, max_restarts: int = 3, b_fails_at: str = "none", b_hangs_at: str = "none"
+    ) -> int:
+        """The exit code.
+
+        `b_fails_at`: which connections to b fail, as digits from 1 (1 is that of the first start); `b_hangs_at`: at
+        which ones nothing answers.
+        """
         (self.folder / "rank.py").write_text(RANK + code)
         agent = [sys.executable, "-m", "mellow_ds.launcher.agent"]
         # counts its calls, one letter each
         count = f'echo -n x >>"{self._calls}"; case "{b_fails_at}" in *$(wc -c <"{self._calls}")*) exit 255;; esac; '
+        count += f'case "{b_hangs_at}" in *$(wc -c <"{self._calls}")*) exec sleep 600;; esac; '
         b = ["bash", "-c", count + 'exec "$@"', "b", *agent]
         plan = LaunchPlan(
             hosts=place_ranks([Host("a", (0,)), Host("b", (0,))]),
@@ -79,12 +86,23 @@ class Case:
 def case(tmp_path: Path) -> Iterator[Case]:
     """A case; no rank of it is left."""
     yield Case(tmp_path)
+    deadline = time.monotonic() + 30
+    while left := ranks_of(tmp_path):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.05)
+
+
+def ranks_of(folder: Path) -> list[Path]:
+    """Ranks of a case that are still there."""
+    found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
         except OSError:
             continue
-        assert words[1:3] != [b"rank.py", str(tmp_path).encode()], path
+        if words[1:3] == [b"rank.py", str(folder).encode()]:
+            found.append(path)
+    return found
 
 
 @pytest.mark.parametrize("code", ["pass", "signal.signal(signal.SIGTERM, lambda *_: sys.exit(85))"])
@@ -130,7 +148,11 @@ def test_a_host_that_answers_again_takes_part(case: Case, capfd: pytest.CaptureF
 
 def test_a_rank_that_fails_of_the_loss_is_not_what_ended_the_run(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
     """Its connection to the lost rank breaks before the launcher notices."""
-    code = "time.sleep(1) or lose_host() if rank == 1 else sys.exit('error: broken') if size == 2 else None\n"
+    code = (
+        "if rank == 1:\n    (folder / 'soon').touch()\n    time.sleep(1)\n    lose_host()\n"
+        "while size == 2 and not (folder / 'soon').exists():\n    time.sleep(0.05)\n"
+        "sys.exit('error: broken' if size == 2 else 0)\n"
+    )
     assert case.run(code, b_fails_at="2") == 0
     assert "restart 1 of 3: 1 ranks on a" in capfd.readouterr().err
 
@@ -172,14 +194,10 @@ def test_the_first_start_needs_all_hosts(case: Case, capfd: pytest.CaptureFixtur
 
 
 def test_ctrl_c_between_two_attempts(case: Case, capfd: pytest.CaptureFixture[str]) -> None:
-    """While a host is asked that takes its time, since a rank of the attempt before is still there."""
-    code = (
-        "if rank == 1 and is_first():\n    os.fork() or (os.setsid(), time.sleep(2), os._exit(0))\n    lose_host()\n"
-        "time.sleep(60)\n"
-    )
+    """While a host is asked that takes its time."""
 
     def press() -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while case.num_calls < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
         os.kill(os.getpid(), signal.SIGINT)
@@ -187,7 +205,7 @@ def test_ctrl_c_between_two_attempts(case: Case, capfd: pytest.CaptureFixture[st
     (case.folder / "calls-of-b").touch()
     presser = threading.Thread(target=press)
     presser.start()
-    assert case.run(code) == 130
+    assert case.run(LOSE_B_ONCE, b_hangs_at="2") == 130
     presser.join()
     assert capfd.readouterr().err.splitlines()[-1] == (
         "mellow-ds launch: stopped before the restart; what is saved is the newest checkpoint"

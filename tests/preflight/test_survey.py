@@ -4,6 +4,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,7 @@ def ask(tmp_path: Path, **commands: list[str]) -> Survey:
 
 
 def test_hosts_that_hang_or_talk_nonsense(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(survey, "LOOK_SECONDS", 3.0)
+    monkeypatch.setattr(survey, "LOOK_SECONDS", 10.0)
     began = time.monotonic()
     found = ask(
         tmp_path,
@@ -42,10 +43,10 @@ def test_hosts_that_hang_or_talk_nonsense(tmp_path: Path, monkeypatch: pytest.Mo
         old=["sh", "-c", 'echo "python: No module named mellow_ds.preflight" >&2; exit 1'],
         raving=["sh", "-c", 'printf \'\\036{"is": "fact"}\\n\\036[]\\n\\036{"is": "hello"}\\n\'; exit 3'],
     )
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 60
     problems = {host.name: host.problem for host in found.hosts}
     assert problems["well"] == problems["greets"] == ""
-    assert problems["hangs"].startswith("no answer within 3 s")
+    assert problems["hangs"].startswith("no answer within 10 s")
     assert problems["stops"].startswith("it has stopped answering")
     assert problems["old"].startswith("the clone there is of another commit")
     assert problems["raving"].startswith("the connection ended with code 3")
@@ -58,16 +59,23 @@ def test_hosts_that_hang_or_talk_nonsense(tmp_path: Path, monkeypatch: pytest.Mo
 
 def test_a_host_that_is_late_once_does_not_hold_up_every_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It tells of itself and then stops: it is asked for the shared folder, the port and the first host in vain."""
-    monkeypatch.setattr(survey, "_ROUND_SECONDS", 2.0)
     monkeypatch.setattr(survey, "_LATE_SECONDS", 0.2)
+    lasted = []
+    honest = Surveyor._until
+
+    def timed(surveyor: Surveyor, *arguments: Any) -> None:
+        began = time.monotonic()
+        honest(surveyor, *arguments)
+        lasted.append(time.monotonic() - began)
+
+    monkeypatch.setattr(Surveyor, "_until", timed)
     stub = (
         "read line; " + SAYS_HELLO + "for n in 1 2 3 4 5; do read line; "
         'printf \'\\036{"is": "time", "at": 0}\\n\'; done; read line; '
         'printf \'\\036{"is": "looking", "at": []}\\n\'; exec sleep 600'
     )
-    began = time.monotonic()
     found = ask(tmp_path, well=REAL, late=["sh", "-c", stub])
-    assert time.monotonic() - began < 10
+    assert len([seconds for seconds in lasted[1:] if seconds > survey._ROUND_SECONDS]) == 1  # the first is the look
     late = found.hosts[1]
     assert late.problem == ""
     assert late.missing == (f"folder shared {tmp_path}",)

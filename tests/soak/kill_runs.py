@@ -305,7 +305,7 @@ def soak(kills: int, ways: Sequence[str], engines: Sequence[str], seed: int, wor
     began = time.monotonic()
     synthesize(work / "corpus", {"train": 16}, seed=3, audio_format="wav", workers=1)
     build_shards([work / "corpus" / "train.json"], work / "corpus", work / "shards")
-    most = (SAVES_BEFORE + 4) * -(-kills // len(engines)) + 8  # more steps than the kills can get through
+    most = (SAVES_BEFORE + 4) * -(-kills // len(engines)) + 60  # more steps than the kills can get through
     met: Counter[str] = Counter()
     taken_again = 0
     for place, engine in enumerate(engines):

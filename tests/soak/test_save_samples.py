@@ -29,7 +29,7 @@ def test_a_sample_of_kills_during_a_save() -> None:
     found = run("kill_during_save.py", "--kills", "10", "--seed", "4")
     assert found["kills"] == 10
     assert found["saves"] > 0
-    assert found["half written"] > 0
+    assert sum(found.get(left, 0) for left in ("begun", "half written", "written", "being published")) > 0
 
 
 def test_a_sample_of_whole_runs_killed_in_a_save(tmp_path: Path) -> None:

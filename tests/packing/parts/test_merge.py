@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -352,21 +351,41 @@ def test_a_part_and_a_merge_that_are_killed_go_on(corpus: Any, folder_bytes: Any
     given += ["--shard-megabytes", "0.5", "--max-rejected", "0.3", "--num-parts", "2"]
     folders = [str(out / f"part-0000{part}-of-00002") for part in (0, 1)]
     for part in (0, 1):
-        _run_killed(["build", *given, "--part", str(part)], (0.9, 1.2, 1.5, 2.0, 2.5))
+        notes = ".build/*.done.json"
+        points = [(notes, 1), (notes, 2), ("shard-*.tar", 1)]
+        _run_killed(["build", *given, "--part", str(part)], Path(folders[part]), points)
         assert folder_bytes(Path(folders[part])) == wanted[part]
     merging = ["merge", *folders, "--out", str(out / "all"), "--method", "copy", "--max-rejected", "0.3"]
-    _run_killed(merging, (0.3, 0.4, 0.5, 0.6))
+    _run_killed(merging, out / "all", [(".build/*.tar", 1), (".build/*.tar", 2), ("shard-*.tar", 1)])
     assert folder_bytes(out / "all") == joined
 
 
-def _run_killed(arguments: list[str], seconds: tuple[float, ...]) -> None:
-    """Run the command once for each of `seconds`, killed after so long, then to its end."""
-    command = [sys.executable, "-m", "shards", *arguments]
+# the command, which moves its shards up and never comes to the manifest: no kill is too late
+WITHOUT_AN_END = """
+import sys, time
+from mellow_ds.packing import folder
+from shards.cli import main
+folder._sync_folder = lambda *_: time.sleep(600)
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def _run_killed(arguments: list[str], out: Path, points: list[tuple[str, int]]) -> None:
+    """Run the command, killed once `out` has so many files of a kind, for each of `points`; then to its end."""
     root = Path(__file__).resolve().parents[3]
-    for delay in seconds:
+    for pattern, count in points:
+        command = [sys.executable, "-c", WITHOUT_AN_END, *arguments]
         with subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
-            time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
+            try:
+                deadline = time.monotonic() + 120
+                while len(list(out.glob(pattern))) < count:
+                    assert process.poll() is None, f"it ended before {pattern}"
+                    assert time.monotonic() < deadline, pattern
+                    time.sleep(0.01)
+                assert process.poll() is None
+            finally:
+                process.kill()
+    command = [sys.executable, "-m", "shards", *arguments]
     subprocess.run(command, cwd=root, check=True, stdout=subprocess.DEVNULL, timeout=120)
 
 
