@@ -13,6 +13,9 @@ from mellow_ds.log import ALIKE
 
 ADAM_MOMENTS = ("exp_avg", "exp_avg_sq")  # what Adam and its kin keep of a parameter, beside a count
 MUON_MOMENTS = ("momentum_buffer",)
+# tables that a module keeps as parameters of its own: biases of attention (HTSAT), positions and marks (AST, ViT)
+_TABLES = ("bias", "bias_table", "pos_embed", "position_embeddings", "position_embedding", "cls_token",
+           "distillation_token", "mask_token")  # fmt: skip
 NO_DECAY_MODULES = (nn.LayerNorm, nn.Embedding, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 _log = logging.getLogger("mellow_ds.engine")
 
@@ -22,7 +25,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
     Keys of a group: `params`, `weight_decay`, `part`, `rate` (its learning rate over that of the schedule) and
     `use_muon` (the matrices, with train.optimizer_type Muon). A tied weight counts once, as the embedding that it is.
-    RMSNorm has many class names; what names them all is one dimension, as it does biases.
+    RMSNorm has many class names; what names them all is one dimension, as it does biases. Embeddings and tables of biases
+    that are no module of their own are known by name.
     """
     undecayed: set[int] = set()
     for module in model.modules():
@@ -33,7 +37,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
         if parameter.requires_grad:
             # ds_shape: under ZeRO-3 a partitioned parameter has lost its own shape
             num_dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
-            decays = id(parameter) not in undecayed and num_dimensions >= 2
+            is_table = name.rpartition(".")[2].endswith(_TABLES)
+            decays = id(parameter) not in undecayed and not is_table and num_dimensions >= 2
             use_muon = config.optimizer_type == "Muon" and decays and num_dimensions == 2
             groups.setdefault((name.partition(".")[0], decays, use_muon), []).append(parameter)
     return [

@@ -1,6 +1,7 @@
 """Which parameters get weight decay, and the norm of all gradients."""
 
 import logging
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,25 @@ def test_biases_norms_and_embeddings_are_not_decayed() -> None:
     assert "decoder.model.norm.weight" in plain_names
     assert not any(name.startswith("encoder.") for name in decayed_names | plain_names)  # frozen
     assert len(decayed["params"]) + len(plain["params"]) == sum(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("kind", ["AdamW", "Muon"])
+def test_tables_of_biases_and_positions_are_no_matrices(kind: Any) -> None:
+    """Those of HTSAT's windows have two dimensions, those of AST three."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+            self.position_embeddings = nn.Parameter(torch.zeros(1, 4, 2))
+            self.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
+            self.weight = nn.Parameter(torch.zeros(2, 2))
+
+    block = Block()
+    groups = parameter_groups(nn.ModuleDict({"encoder": block}), TrainConfig(weight_decay=0.3, optimizer_type=kind))
+    found = {id(p): (group["weight_decay"], group["use_muon"]) for group in groups for p in group["params"]}
+    assert found.pop(id(block.weight)) == (0.3, kind == "Muon")
+    assert set(found.values()) == {(0.0, False)}
 
 
 def test_a_model_of_biases_only_has_one_group() -> None:
