@@ -94,7 +94,8 @@ def test_evaluation_on_features_gives_the_scores_of_audio(
 def test_features_of_another_encoder_are_refused_by_name(features: Path, checkpoint: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
-    (other / "files.json").unlink()  # a model folder, not a step: one weight of its encoder is another
+    for name in ("files.json", "state.json"):  # a model folder, not a step: one weight of its encoder is another
+        (other / name).unlink()
     weights = load_file(other / "model.safetensors")
     name = next(name for name in weights if name.startswith("encoder.") and name.endswith("running_mean"))
     weights[name].view(-1)[0] += 0.5

@@ -113,7 +113,7 @@ def test_a_stopped_rank_under_a_launcher(
 def test_saving_and_evaluating_are_progress(shards: Path, tmp_path: Path) -> None:
     """With a limit of seconds, and more of them to evaluate; ranks take leave of one another without a word."""
     arguments = training(shards, tmp_path, max_steps=4, evaluate_at_end="true")
-    arguments += ["--evaluation.max_new_tokens", 400, "--evaluation.batch_size", 1]
+    arguments += ["--evaluation.max_new_tokens", 300, "--evaluation.batch_size", 1]
     for done in forked("train.py", *arguments, "--data.eval_shards", shards / "test", num_ranks=2):
         assert done.returncode == 0, done.stderr[-3000:]
         assert "error: " not in done.stderr
