@@ -4,7 +4,7 @@ from typing import Any
 
 from mellow_ds.doctor.facts import Case
 from mellow_ds.doctor.findings import NOTE, SLOW, STOPS, Finding
-from mellow_ds.doctor.steps import precision_of
+from mellow_ds.doctor.steps import precision_of, stage_of
 
 _HIGH_SCALE_POWER = 20  # 2**16 is DeepSpeed's default; each power more costs a skipped step at the start
 _SECTION_OF = {"bfloat16": "bf16", "float16": "fp16"}
@@ -20,6 +20,14 @@ def check_precision(case: Case) -> list[Finding]:
             found.append(_missing(precision, device, "bfloat16 (or float32)"))
         else:
             found += _loss_scale(case.engine_json.get("fp16") or {}, machine.has_bfloat16 and machine.on_gpus)
+        if case.config.engine == "deepspeed" and not stage_of(case):
+            found.append(
+                Finding(
+                    STOPS, "float16-at-stage-0", "float16 is asked for at ZeRO stage 0",
+                    "DeepSpeed unscales gradients there whose loss it did not scale: nearly all of them would be zero",
+                    "take stage 1 or 2 (ds_configs/fp16.json), bfloat16, or engine auto or fsdp",
+                )
+            )  # fmt: skip
     elif precision == "bfloat16" and not machine.has_bfloat16:
         found.append(_missing(precision, device, "float16 (or float32)"))
     elif precision == "bfloat16" and not machine.on_gpus:

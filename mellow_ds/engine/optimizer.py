@@ -25,8 +25,8 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[dict[str, An
 
     Keys of a group: `params`, `weight_decay`, `part`, `rate` (its learning rate over that of the schedule) and
     `use_muon` (the matrices, with train.optimizer_type Muon). A tied weight counts once, as the embedding that it is.
-    RMSNorm has many class names; what names them all is one dimension, as it does biases. Embeddings and tables of biases
-    that are no module of their own are known by name.
+    RMSNorm has many class names; what names them all is one dimension, as it does biases. Embeddings and tables of
+    biases that are no module of their own are known by name.
     """
     undecayed: set[int] = set()
     for module in model.modules():

@@ -69,6 +69,7 @@ PROVOKED: dict[str, tuple[str, Case]] = {
     "float32-on-gpu": (SLOW, made_case(train__mixed_precision__use_mixed_precision="false")),
     "loss-scale-static": (SLOW, made_case(engine=fp16(loss_scale=128))),
     "loss-scale-floor": (STOPS, made_case(engine=fp16(min_loss_scale=0))),
+    "float16-at-stage-0": (STOPS, made_case(engine={**fp16(min_loss_scale=1), **zero(stage=0)})),
     "loss-scale-start": (SLOW, made_case(engine=fp16(min_loss_scale=1, initial_scale_power=32))),
     "float16-where-bfloat16": (NOTE, made_case(engine=fp16(min_loss_scale=1))),
     "phase-never": (NOTE, made_case(train__phases="[{from_step: 0, train: [projector]}, {from_step: 10000, "
@@ -148,6 +149,7 @@ def with_engine(case: Case, engine: str) -> Case:
 
 PROVOKED["no-deepspeed"] = (STOPS, with_engine(PROVOKED["no-deepspeed"][1], "deepspeed"))
 PROVOKED["nvme-without-deepspeed"] = (STOPS, with_engine(PROVOKED["nvme-without-deepspeed"][1], "fsdp"))
+PROVOKED["float16-at-stage-0"] = (STOPS, with_engine(PROVOKED["float16-at-stage-0"][1], "deepspeed"))
 
 
 @pytest.mark.parametrize("code", PROVOKED)
