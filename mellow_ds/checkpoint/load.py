@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from mellow_ds.checkpoint.random_states import restore_generators
+from mellow_ds.checkpoint.random_states import branch_generators, restore_generators
 from mellow_ds.checkpoint.snapshot import MOMENT_SEPARATOR, NUM_UPDATES
 from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER, random_file, read_state
 from mellow_ds.checkpoint.tensor_files import TensorFiles
@@ -22,14 +22,17 @@ def load_checkpoint(folder: Path, engine: Engine, world: World) -> dict[str, Any
     """Give the engine the optimizer state, scaler and random states of a step folder; returns its state.json.
 
     The weights are loaded into the model before an engine is built on it (`load_model_weights`); here the float32
-    masters follow. On another world size every rank takes the generator state of a rank that there was.
+    masters follow. A rank that there was not takes a generator state that follows from that of one that there was, and
+    is its own: with the same one both would draw the same dropout from then on.
     """
     state = read_state(folder)
     with TensorFiles(folder, MODEL) as weights, TensorFiles(folder, OPTIMIZER) as moments:
         engine.load_parameter_states(_parameter_states(weights, moments, int(state.get("num_updates", 0))))
     engine.load_scaler_state(state.get("scaler", {}))
-    source_rank = world.rank % int(state["world_size"])
-    restore_generators(load_file(folder / random_file(source_rank)))
+    num_saved = int(state["world_size"])
+    restore_generators(load_file(folder / random_file(world.rank % num_saved)))
+    if world.rank >= num_saved:
+        branch_generators(world.rank)
     return state
 
 

@@ -16,3 +16,8 @@ def restore_generators(states: dict[str, torch.Tensor]) -> None:
     torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def branch_generators(number: int) -> None:
+    """Go on from the present states to ones that follow from them and from `number`, on the CPU and all GPUs."""
+    torch.manual_seed((int(torch.randint(2**62, ())) + number) % 2**62)

@@ -72,14 +72,19 @@ def test_everything_comes_back(saved: Path, split: bool) -> None:
     assert bool((model.tied == 2).all())
 
 
-def test_random_states_come_back_and_new_ranks_take_one_that_there_was(tmp_path: Path) -> None:
+def test_random_states_come_back_and_new_ranks_have_their_own(tmp_path: Path) -> None:
     torch.manual_seed(5)
     saved = CheckpointStore(tmp_path, 1, Peers(World())).save(1, PlainEngine(1), STATE)
-    expected = torch.rand(3)
-    for rank in (0, 1):
-        torch.manual_seed(6)
-        load_checkpoint(saved, PlainEngine(2), World(rank, 2))
-        assert torch.equal(torch.rand(3), expected)
+    expected = torch.rand(3).tolist()
+    drawn = []
+    for seed in (6, 7):  # nothing of this start is in them
+        for rank in (0, 1, 2):
+            torch.manual_seed(seed)
+            load_checkpoint(saved, PlainEngine(2), World(rank, 3))
+            drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == expected
+    assert len({tuple(numbers) for numbers in drawn[:3]}) == 3
+    assert drawn[:3] == drawn[3:]
 
 
 def test_steps_of_the_first_format_are_read(saved: Path) -> None:
