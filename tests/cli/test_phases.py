@@ -97,3 +97,9 @@ def test_phases_train_what_they_name_and_a_stop_changes_nothing(shards: Path, tm
     assert losses(tmp_path / "stopped") == losses(tmp_path / "ds")
     train(shards, tmp_path / "fsdp", "--engine", "fsdp", "--deepspeed_config", "ds_configs/zero3.json")
     assert losses(tmp_path / "fsdp") == pytest.approx(losses(tmp_path / "ds"), rel=1e-5)
+    # from one back end to the other in the middle of each phase, and at the end of the first
+    train(shards, tmp_path / "both", "--engine", "fsdp", "--train.stop_at_step", 2)
+    train(shards, tmp_path / "both", "--engine", "deepspeed", "--train.stop_at_step", 3)
+    train(shards, tmp_path / "both", "--engine", "fsdp", "--train.stop_at_step", 5)
+    train(shards, tmp_path / "both", "--engine", "deepspeed", "--deepspeed_config", "ds_configs/zero3.json")
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "ds"), rel=1e-5)

@@ -149,6 +149,33 @@ def test_bfloat16_keeps_float32_masters_through_a_checkpoint(tmp_path: Path, kin
     run_ranks(2, check_half_precision, tmp_path, kind)
 
 
+def check_muon(world: World, folder: Path) -> None:
+    muon = with_train(optimizer_type="Muon")
+    for stage in (0, 2, 3):
+        model = small_model(seed=1)
+        tokens = model.num_audio_tokens
+        engine = make_engine("fsdp", model, stage, world, 1, muon)
+        train(engine, tokens, world, 1, EXAMPLES[:2])
+        saved = CheckpointStore(folder / str(stage), 1, Peers(world, engine.device)).save(2, engine, {})
+        straight = train(engine, tokens, world, 1, EXAMPLES[2:]), {s.name: s for s in engine.parameter_states()}
+        engine.close()
+        again = small_model(seed=5)
+        load_model_weights(again, saved)
+        engine = make_engine("fsdp", again, stage, world, 1, muon)
+        load_checkpoint(saved, engine, world)
+        assert train(engine, tokens, world, 1, EXAMPLES[2:]) == straight[0]
+        kept = set()
+        for state in engine.parameter_states():
+            assert torch.equal(state.weight, straight[1][state.name].weight)
+            kept.add(tuple(state.moments))
+        assert kept == {("momentum_buffer",), ("exp_avg", "exp_avg_sq")}
+        engine.close()
+
+
+def test_muon_goes_on_from_its_checkpoint_bit_for_bit(tmp_path: Path) -> None:
+    run_ranks(2, check_muon, tmp_path)
+
+
 def check_float16(world: World) -> None:
     for stage in (0, 3):
         model = small_model(seed=1)
