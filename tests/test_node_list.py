@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -30,9 +31,12 @@ def test_a_list_is_expanded(text: str) -> None:
     assert expand_node_list(text) == LISTS[text]
 
 
-def test_scontrol_says_the_same() -> None:
+def test_scontrol_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if shutil.which("scontrol") is None:
         pytest.skip("scontrol is not installed (Debian: slurm-client)")
+    configuration = tmp_path / "slurm.conf"  # without one it looks for a cluster's in the network
+    configuration.write_text("ClusterName=test\nSlurmctldHost=localhost\n")
+    monkeypatch.setenv("SLURM_CONF", str(configuration))
     for text, hosts in LISTS.items():
         said = subprocess.run(["scontrol", "show", "hostnames", text], capture_output=True, text=True, check=True)
         assert said.stdout.split() == hosts, text
