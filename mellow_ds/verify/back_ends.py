@@ -24,8 +24,10 @@ class BackEnd:
     shards_frozen: bool = False  # frozen parts are sharded like the rest, as those of a large model are
 
     def engine_json(self) -> dict[str, Any]:
-        """What a user would write."""
+        """What a user would write, to have small weights cut too."""
         section: dict[str, Any] = {"stage": self.stage}
+        if self.stage == 3 and self.kind == "deepspeed":  # else weights of a small model stay gathered between steps
+            section["stage3_param_persistence_threshold"] = 0
         if self.offload:
             section["offload_optimizer"] = {"device": "cpu"}
         if self.offload and self.stage == 3:
