@@ -51,8 +51,12 @@ def evaluate_model(
     out: Path,
     about: dict[str, Any],
     heartbeat: Heartbeat | None = None,
+    in_step: bool = False,
 ) -> dict[str, Any]:
-    """Score `model` on the configured shards; rank 0 prints the table and returns the results."""
+    """Score `model` on the configured shards; rank 0 prints the table and returns the results.
+
+    `in_step`: the ranks make every pass through the model together.
+    """
     import torch.distributed as dist
 
     from mellow_ds.data.reader import ShardReader
@@ -83,7 +87,7 @@ def evaluate_model(
     _log.info("evaluating %d examples of %s", num_examples, ", ".join(folders))
     results = evaluate(
         model, open_stream, tokenizer, world, config.evaluation, out,
-        num_expected=num_examples, end_id=layout.end_id, device=device, barrier=barrier,
+        num_expected=num_examples, end_id=layout.end_id, device=device, in_step=in_step, barrier=barrier,
         about={**about, "shards": list(folders), "fingerprint": reader.fingerprint},
     )  # fmt: skip
     if world.is_main:
@@ -122,5 +126,5 @@ def measure_engine(
         reader, tokenizer, layout, config.data, config.evaluation.batch_size, world,
         max_examples=config.evaluation.max_examples, with_answers=True, num_workers=config.train.num_workers,
     )  # fmt: skip
-    with engine.whole_model() as model:
+    with engine.model_in_step() as model:
         return measure_loss(model, _BeatingStream(stream, heartbeat), world, engine.device)

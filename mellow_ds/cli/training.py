@@ -172,10 +172,15 @@ def _train_phase(run: _Run, is_begun: bool) -> tuple[int, int]:
         exit_code = trainer.run()
     step = trainer.progress.step
     if step >= run.last_step and config.train.evaluate_at_end:
-        with run.stop.at_once(), engine.whole_model() as whole:
+        in_step = engine.gathers_weights and not config.evaluation.gather_weights
+        if in_step:
+            _log.info(
+                "each token gathers the weights once: evaluation.gather_weights true is faster where they fit on a rank"
+            )
+        with run.stop.at_once(), engine.model_in_step() if in_step else engine.whole_model() as model:
             evaluate_model(
-                whole, parts.tokenizer, parts.layout, config, world, device, folder / "evaluation",
-                {"step": step}, heartbeat,
+                model, parts.tokenizer, parts.layout, config, world, device, folder / "evaluation",
+                {"step": step}, heartbeat, in_step,
             )  # fmt: skip
     engine.close()
     return exit_code, step

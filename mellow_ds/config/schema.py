@@ -266,6 +266,9 @@ class EvaluationConfig:
     """Evaluate a second time with every clip silenced: what is left of the score does not come from listening."""
     captions: bool = True
     """Report caption metrics for caption and description subtypes."""
+    gather_weights: bool = False
+    """For train.evaluate_at_end where parameters are sharded (stage 3): hold all weights on every rank, which is faster
+    where they fit. Otherwise they are gathered for each token, a block at a time."""
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, 1, "batch_size", "max_new_tokens")

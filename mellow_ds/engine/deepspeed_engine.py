@@ -4,7 +4,7 @@ import importlib
 import logging
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, cast
 
 import deepspeed
@@ -81,6 +81,7 @@ class DeepSpeedEngine(StepEngine):
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
         self.device = device
         self._stage = zero_stage(engine_json)
+        self.gathers_weights = self._stage == 3
         self._precision = shape.precision
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
         self._model = model
@@ -155,6 +156,16 @@ class DeepSpeedEngine(StepEngine):
         return grad_norm
 
     # -- states --------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def model_in_step(self) -> Iterator[nn.Module]:
+        """See `Engine.model_in_step`."""
+        try:
+            yield self._model
+        finally:
+            if self._stage == 3:  # what was fetched ahead for a backward pass that did not come
+                with hidden(self._model, self._whole):
+                    self._engine.empty_partition_cache()
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.whole_model`. Under ZeRO-3 the weights are gathered for the time of the context."""

@@ -49,6 +49,7 @@ class FSDPEngine(StepEngine):
         resolve_engine_json(engine_json, shape)  # refuses what contradicts the run
         self.device = device
         self._stage = zero_stage(engine_json)
+        self.gathers_weights = self._stage == 3
         self._precision = shape.precision
         self._world_size, self._rank = dist.get_world_size(), dist.get_rank()
         self._model = model
@@ -123,6 +124,10 @@ class FSDPEngine(StepEngine):
         return math.sqrt(float(square))
 
     # -- states --------------------------------------------------------------------------------------------------------
+
+    def model_in_step(self) -> AbstractContextManager[nn.Module]:
+        """See `Engine.model_in_step`."""
+        return self._wrapped.in_step()
 
     def whole_model(self) -> AbstractContextManager[nn.Module]:
         """See `Engine.whole_model`."""

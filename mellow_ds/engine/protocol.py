@@ -40,6 +40,7 @@ class Engine(Protocol):
 
     name: str  # for the log, such as "DeepSpeed ZeRO-2 (torch fused AdamW, float32)"
     device: torch.device
+    gathers_weights: bool  # a block at a time, in each pass through the model: ZeRO-3, and FSDP2 at stage 3
 
     def train_step(
         self, batches: Sequence[Batch], learning_rate: float, max_grad_norm: float, num_kinds: int = 0
@@ -51,8 +52,15 @@ class Engine(Protocol):
         """
         ...
 
+    def model_in_step(self) -> AbstractContextManager[nn.Module]:
+        """The model as it is split, for passes without gradients that all ranks make together, each as many.
+
+        A collective call. A rank holds no more than in training.
+        """
+        ...
+
     def whole_model(self) -> AbstractContextManager[nn.Module]:
-        """The model with all its weights on every rank, for evaluation; a collective call."""
+        """The model with all its weights on every rank, which then makes passes as it likes; a collective call."""
         ...
 
     def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:

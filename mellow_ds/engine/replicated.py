@@ -49,3 +49,5 @@ class ReplicatedModel:
     def whole(self) -> Iterator[nn.Module]:
         """The model."""
         yield self._model
+
+    in_step = whole

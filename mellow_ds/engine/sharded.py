@@ -79,9 +79,17 @@ class ShardedModel:
     forward_again = forward
 
     def settle(self) -> None:
-        """Shard all parameters again, after a backward pass that was not a step's."""
+        """Shard all parameters again, after passes that were not a step's."""
         for module in self._modules():
             module.reshard()
+
+    @contextmanager
+    def in_step(self) -> Iterator[nn.Module]:
+        """The model, whose forward gathers as in training (a collective call)."""
+        try:
+            yield self._model
+        finally:
+            self.settle()
 
     @contextmanager
     def whole(self) -> Iterator[nn.Module]:

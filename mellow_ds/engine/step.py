@@ -24,6 +24,7 @@ class StepEngine(ABC):
     """The part of an `Engine` that all back ends share."""
 
     device: torch.device
+    gathers_weights: bool
     _model: nn.Module  # the bare model, whatever the back end wraps it in
     _precision: str  # one of `ds_config.choose_precision`
     _world_size: int

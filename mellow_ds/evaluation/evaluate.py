@@ -87,6 +87,7 @@ def evaluate(
     end_id: int,
     device: "torch.device | str" = "cpu",
     autocast_dtype: "torch.dtype | None" = None,
+    in_step: bool = False,
     barrier: Callable[[], None] = lambda: None,
     about: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
@@ -94,7 +95,9 @@ def evaluate(
 
     `open_batches(silence_audio)` gives this rank's batches; together the ranks' hold `num_expected` different examples.
     With `config.compare_silence` there is a second pass, with `silence_audio` True, whose predictions stand in
-    `out_folder/silenced`. `out_folder` is one that all ranks see. `end_id` is the end-of-text token. `barrier` returns
+    `out_folder/silenced`. `out_folder` is one that all ranks see. `end_id` is the end-of-text token. `in_step`: the
+    ranks make every pass through the model together, as they must where it gathers weights; they bring as many batches
+    each, some perhaps without examples. `barrier` returns
     when all ranks have called it (twice in a pass, never while captions are scored). `about` is written into
     results.json as it is (checkpoint, step, shards).
 
@@ -104,7 +107,7 @@ def evaluate(
     double.
     """
     folder = Path(out_folder)
-    generator = _Generator(model, tokenizer, config.max_new_tokens, end_id, device, autocast_dtype)
+    generator = _Generator(model, tokenizer, config.max_new_tokens, end_id, device, autocast_dtype, in_step)
     started = time.monotonic()
     predictions = _one_pass(generator, open_batches(False), world, folder, num_expected, barrier)
     seconds = time.monotonic() - started
@@ -156,6 +159,7 @@ class _Generator:
     end_id: int
     device: "torch.device | str"
     autocast_dtype: "torch.dtype | None"
+    in_step: bool
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -176,7 +180,7 @@ class _Generator:
 
     def predict(self, batch: "Batch", examples: Sequence[EvalExample]) -> list[Prediction]:
         """Greedy answers to the examples of a batch; rows beyond `examples` only keep step with other ranks."""
-        if not examples:
+        if not examples and not self.in_step:
             return []
         inputs = batch.to(self.device, non_blocking=True).model_inputs()
         del inputs["labels"]
@@ -187,7 +191,7 @@ class _Generator:
             use_cache=True,
             eos_token_id=self.end_id,
             pad_token_id=self.end_id,
-            synced_gpus=False,  # the weights are whole on each rank: none waits for the others, which may be done
+            synced_gpus=self.in_step,  # else none waits for the others, which may be done
         )
         rows = new_ids.tolist()[: len(examples)]
         answers = [answer_text(row, self.tokenizer, self.end_id, self.max_new_tokens) for row in rows]

@@ -42,6 +42,8 @@ class MellowOutput(ModelOutput):
     """With labels [N, V], one row an answer token in row order; without [B, T, V]."""
     past_key_values: Cache | None = None
     """The decoder's cache, where it was asked for."""
+    inputs_embeds: torch.Tensor | None = None
+    """[B, T, D], what the decoder would read; alone, with `embeds_only`."""
 
 
 class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -217,13 +219,14 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         position_ids: torch.Tensor | None = None,
         audio_features: Mapping[str, torch.Tensor] | None = None,
         logits_to_keep: int = 0,
+        embeds_only: bool = False,
         **decoder_kwargs: Any,
     ) -> MellowOutput:
         """Run a batch (shapes as in `mellow_ds.data.batch.Batch`).
 
         With `labels` the head runs on the positions that predict an answer token only, and the loss is in float32.
         `audio_features`, what `encode` gives (any floating-point format), stands in for `waveforms`. Without `labels`,
-        `logits_to_keep` last positions get logits; 0: all.
+        `logits_to_keep` last positions get logits; 0: all. `embeds_only`: stop before the decoder.
         """
         decoder_kwargs.pop("return_dict", None)
         if labels is not None:
@@ -232,6 +235,8 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
             waveforms, counts = self._stand_in(waveforms, labels)
             with paused(self.encoder, not counts):
                 inputs_embeds = self.embed(input_ids, waveforms, clip_row, clip_start, clip_index, audio_features)
+        if embeds_only:
+            return MellowOutput(inputs_embeds=inputs_embeds)
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = _never_empty(attention_mask)
             if position_ids is None:
@@ -301,7 +306,11 @@ class MellowForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         inputs_embeds = generation_kwargs.pop("inputs_embeds", None)
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids, waveforms, clip_row, clip_start, clip_index, audio_features)
+            # by a pass through the whole model, as each that follows: an engine may gather its weights there
+            inputs_embeds = self(
+                input_ids=input_ids, waveforms=waveforms, clip_row=clip_row, clip_start=clip_start,
+                clip_index=clip_index, audio_features=audio_features, embeds_only=True,
+            ).inputs_embeds  # fmt: skip
         return super().generate(  # type: ignore[misc]
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **generation_kwargs
         )

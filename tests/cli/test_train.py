@@ -43,20 +43,27 @@ def test_a_run_leaves_what_the_readme_says(straight: Path) -> None:
 
 
 @pytest.mark.parametrize("engine", ["deepspeed", "fsdp"])
-def test_the_last_evaluation_waits_for_nobody_where_weights_are_sharded(
-    shards: Path, tmp_path: Path, engine: str
-) -> None:
-    """Three examples on two ranks: one has a batch to answer that the other has not, and answers differ in length."""
+def test_evaluation_where_weights_are_sharded(shards: Path, tmp_path: Path, engine: str) -> None:
+    """Three examples on two ranks: one has a batch to answer that the other has not, and answers differ in length.
+
+    Ranks make their passes together, or each with all the weights as it likes: the answers are the same.
+    """
     sharded = tmp_path / "zero3.json"
     sharded.write_text('{"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}}')
     arguments = [
         "--config", "quickstart", "--data.shards", shards / "train", "--data.eval_shards", shards / "test", *TINY,
         "--train.evaluate_at_end", "true", "--evaluation.batch_size", 1, "--evaluation.max_examples", 3,
-        "--train.max_steps", 3, "--engine", engine, "--deepspeed_config", sharded,
+        "--train.max_steps", 3, "--engine", engine, "--deepspeed_config", sharded, "--save-dir", tmp_path / "run",
+        "--train.evaluate_every_steps", 2,
     ]  # fmt: skip
-    for rank in forked("train.py", *arguments, "--save-dir", tmp_path / "run", num_ranks=2):
-        assert rank.returncode == 0, rank.stderr[-3000:]
-    assert json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["num_examples"] == 3
+    answers = []
+    for gather_weights in ("false", "true"):  # the second start finds a finished run
+        ranks = forked("train.py", *arguments, "--evaluation.gather_weights", gather_weights, num_ranks=2)
+        assert [rank.returncode for rank in ranks] == [0, 0], ranks[0].stderr[-3000:] + ranks[1].stderr[-3000:]
+        assert ("each token gathers the weights" in ranks[0].stderr) == (gather_weights == "false")
+        assert json.loads((tmp_path / "run" / "evaluation" / "results.json").read_text())["num_examples"] == 3
+        answers.append((tmp_path / "run" / "evaluation" / "predictions.jsonl").read_text())
+    assert answers[0] == answers[1]
 
 
 def test_stopped_and_resumed_is_the_same_run_bit_for_bit(straight: Path, shards: Path, tmp_path: Path) -> None:

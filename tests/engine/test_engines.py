@@ -9,7 +9,9 @@ from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.snapshot import take_snapshot
 from mellow_ds.checkpoint.store import CheckpointStore
+from mellow_ds.engine.sharded import own_part
 from mellow_ds.engine.step import StepEngine
+from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.verify.small import batch_of, small_model
 from mellow_ds.world import World
 from tests.engine.cases import EXAMPLES, make_engine, reference, train, with_train
@@ -203,17 +205,70 @@ def check_answers_of_any_length(world: World, kind: str) -> None:
     for stage in (0, 2, 3):
         model = small_model(seed=1)
         engine = make_engine(kind, model, stage, world, 1)
-        losses, _ = train(engine, model.num_audio_tokens, world, 1, EXAMPLES[:2])
-        inputs = batch_of([1, 2, 3], model.num_audio_tokens).model_inputs()
-        with engine.whole_model() as whole, torch.no_grad():
-            whole.eval()
-            for _ in range(1 + 2 * world.rank):  # ranks evaluate batches of their own number and length
-                prompt = {key: value for key, value in inputs.items() if key != "labels"}
-                whole.generate(**prompt, max_new_tokens=3 + 4 * world.rank, pad_token_id=0, synced_gpus=False)
-            whole.train()
-        losses += train(engine, model.num_audio_tokens, world, 1, EXAMPLES[2:])[0]
+        losses: list[float] = []
+        for part in (EXAMPLES[:2], EXAMPLES[2:]):  # before the first step too
+            with engine.whole_model() as whole:
+                for _ in range(1 + 2 * world.rank):  # ranks evaluate batches of their own number and length
+                    generate(whole, model.num_audio_tokens, world)
+            losses += train(engine, model.num_audio_tokens, world, 1, part)[0]
         assert losses == pytest.approx(reference()[0], rel=1e-5)
         engine.close()
+
+
+def check_passes_in_step(world: World, kind: str) -> None:
+    """Before the first step too: a run that is over already may still be evaluated."""
+    config = with_train(frozen_whole_megabytes=0)
+    for stage in (0, 1, 2, 3):
+        model = small_model(seed=1)
+        engine = make_engine(kind, model, stage, world, 1, config)
+        assert engine.gathers_weights == (stage == 3)
+        losses: list[float] = []
+        for part in (EXAMPLES[:2], EXAMPLES[2:]):
+            answers = generate_in_step(engine, model.num_audio_tokens, world)
+            plain = small_model(seed=1)
+            weights = {state.name: state.weight for state in engine.parameter_states()} | dict(engine.fixed_states())
+            plain.load_state_dict(weights, strict=False)  # the tied head is the embedding
+            assert torch.equal(answers, generate(plain, model.num_audio_tokens, world))
+            losses += train(engine, model.num_audio_tokens, world, 1, part)[0]
+        assert losses == pytest.approx(reference()[0], rel=1e-5)
+        engine.close()
+
+
+def generate_in_step(engine: StepEngine, audio_tokens: int, world: World) -> torch.Tensor:
+    with engine.model_in_step() as model:
+        held = sum(p.untyped_storage().nbytes() for p in own_tensors(model.decoder))
+        answers = generate(model, audio_tokens, world, synced_gpus=engine.gathers_weights)
+        batch = batch_of([1, 2], audio_tokens)
+        model.eval()
+        with torch.no_grad():
+            assert torch.isfinite(model(**batch.model_inputs()).loss_sum)
+        model.train()
+    if engine.gathers_weights:
+        assert sum(p.untyped_storage().nbytes() for p in own_tensors(model.decoder)) <= held
+    return answers
+
+
+def own_tensors(module: torch.nn.Module) -> list[torch.Tensor]:
+    """What a rank holds of each parameter."""
+    return [own_part(p.data) for p in module.parameters()]
+
+
+def generate(
+    model: MellowForConditionalGeneration, audio_tokens: int, world: World, synced_gpus: bool = False
+) -> torch.Tensor:
+    """Answers of another length on each rank."""
+    inputs = batch_of([1, 2, 3], audio_tokens).model_inputs()
+    del inputs["labels"]
+    model.eval()
+    answers = model.generate(**inputs, max_new_tokens=3 + 4 * world.rank, pad_token_id=0, synced_gpus=synced_gpus)
+    model.train()
+    assert isinstance(answers, torch.Tensor)
+    return answers
+
+
+@pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])
+def test_ranks_make_passes_together_with_what_they_hold_in_training(kind: str) -> None:
+    run_ranks(2, check_passes_in_step, kind, seconds=100)
 
 
 @pytest.mark.parametrize("kind", ["deepspeed", "fsdp"])

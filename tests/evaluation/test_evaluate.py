@@ -145,6 +145,13 @@ def test_one_rank(tmp_path: Path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["predictions.jsonl", "results.json"]
 
 
+def test_ranks_that_make_their_passes_together_make_those_of_empty_batches_too(tmp_path: Path) -> None:
+    model = Scripted(SCRIPT)
+    results = _evaluate(tmp_path, model=model, in_step=True)
+    assert [call["synced_gpus"] for call in model.calls] == [True] * 4  # three of examples, one without
+    assert results["num_examples"] == len(EXAMPLES) == len(read_predictions(tmp_path / "predictions.jsonl"))
+
+
 def test_silence_is_compared(tmp_path: Path) -> None:
     results = _evaluate(tmp_path, config=dataclasses.replace(CONFIG, compare_silence=True))
     assert results["overall"]["num_correct"] == 4
