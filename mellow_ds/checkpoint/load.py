@@ -1,5 +1,6 @@
 """Taking up a step: weights into a model, optimizer state into an engine, one tensor at a time."""
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -7,6 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.utils import CONFIG_NAME
 
 from mellow_ds.checkpoint.random_states import branch_generators, restore_generators
 from mellow_ds.checkpoint.snapshot import MOMENT_SEPARATOR, NUM_UPDATES
@@ -60,6 +62,36 @@ def load_model_weights(model: nn.Module, folder: Path) -> None:
         check_shapes(tensors, wanted)
         for name in tensors.names():
             wanted[name].copy_(tensors.read(name))
+
+
+def check_adapters(model: nn.Module, folder: Path, goes_on: bool) -> None:
+    """Raise `CheckpointError` where the adapters of `folder` are others than those of `model`.
+
+    Their names and shapes do not tell: alpha scales what they give. `goes_on`: the run is that of the folder, and so
+    cannot begin to have some; a run that starts from the folder may.
+    """
+    wanted = _adapters(getattr(getattr(model, "config", None), "lora", None))
+    try:
+        saved = _adapters(json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8")).get("lora"))
+    except (OSError, ValueError):
+        return  # what cannot be read is refused where it is needed
+    if saved == wanted or (not saved and not goes_on):
+        return
+    cure = (
+        f"leave model.decoder.lora as it was, or start anew from it in another save_dir (resume_checkpoint: {folder})"
+        if not saved
+        else "set model.decoder.lora as it was"
+    )
+    raise CheckpointError(
+        f"{folder} is of a decoder with {saved or 'no adapters'}, but the run configures {wanted or 'none'}: {cure}"
+    )
+
+
+def _adapters(fields: dict[str, Any] | None) -> str:
+    """What of a model's `lora` belongs to its function, in words; empty without adapters."""
+    if not fields:
+        return ""
+    return f"adapters of rank {fields['rank']}, alpha {fields['alpha']:g}, on {', '.join(fields['target_modules'])}"
 
 
 def check_shapes(tensors: TensorFiles, wanted: dict[str, torch.Tensor]) -> None:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from mellow_ds.checkpoint.failure import reason_of
 from mellow_ds.checkpoint.files_list import damage_of, flush, is_step_folder
-from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights, open_weights
+from mellow_ds.checkpoint.load import check_adapters, load_checkpoint, load_model_weights, open_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.step_folder import read_state
 from mellow_ds.checkpoint.store import CheckpointStore
@@ -138,7 +138,11 @@ def _train_phase(run: _Run, is_begun: bool) -> tuple[int, int]:
     resumed = _find_resumed(config, checkpoints, is_begun)
     start_from = resumed or _named_start(config, peers)
     parts = _build_parts(config, reader, folder, world, start_from)
-    _load_start(parts.model, start_from, reader)
+    if start_from:
+        check_adapters(parts.model, start_from, goes_on=resumed is not None)
+        load_model_weights(parts.model, start_from)
+    if reader.features is not None:  # must be those of the encoder that has its weights now
+        check_features(reader.features, parts.model.encoder, parts.model.config.encoder_config)
     start_step = int(read_state(resumed)["progress"]["step"]) if resumed else 0
     trained, end_step = run.phase(start_step)
     parts.model.set_trainable(trained)
@@ -189,20 +193,13 @@ def _train_phase(run: _Run, is_begun: bool) -> tuple[int, int]:
 def _build_parts(config: RunConfig, reader: ShardReader, folder: Path, world: World, start_from: Path | None) -> _Parts:
     tokenizer = _shared_tokenizer(config, reader, folder / "tokenizer", world)
     # where each rank keeps a share of the decoder, none reads the whole of it first
-    on_meta = shards_parameters(config.engine, read_engine_json(config.deepspeed_config)) and (
+    engine_json = read_engine_json(config.deepspeed_config)
+    on_meta = shards_parameters(config.engine, engine_json, config.train.optimizer_type) and (
         start_from is not None or lies_in_safetensors(config.model.decoder.text_decoder)
     )
     model = build_model(config.model, config.data, tokenizer, config.train.seed, start_from is None, on_meta)
     layout = build_layout(config.model, config.data, tokenizer, model.num_audio_tokens)
     return _Parts(model, tokenizer, layout, build_processor(model, tokenizer, layout))
-
-
-def _load_start(model: MellowForConditionalGeneration, start_from: Path | None, reader: ShardReader) -> None:
-    """Load the weights that the run goes on from or starts from; features must be those of the encoder in them."""
-    if start_from:
-        load_model_weights(model, start_from)
-    if reader.features is not None:
-        check_features(reader.features, model.encoder, model.config.encoder_config)
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mellow_ds.checkpoint.load import load_model_weights
+from mellow_ds.checkpoint.load import check_adapters, load_model_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.errors import CheckpointError
@@ -52,6 +52,28 @@ def check(world: World, folder: Path) -> None:
         load_model_weights(small_model(seed=1), trained)
     with pytest.raises(CheckpointError, match="of another model shape"):
         load_model_weights(with_adapters(rank=3), trained)
+
+
+def test_adapters_are_those_of_the_checkpoint(tmp_path: Path) -> None:
+    adapted, plain = tmp_path / "adapted", tmp_path / "plain"
+    with_adapters().config.save_pretrained(adapted)
+    small_model(seed=1).config.save_pretrained(plain)
+    for goes_on in (True, False):
+        check_adapters(with_adapters(), adapted, goes_on)
+        check_adapters(small_model(seed=1), plain, goes_on)
+        with pytest.raises(CheckpointError, match="alpha 4, on all-linear, but the run configures none"):
+            check_adapters(small_model(seed=1), adapted, goes_on)
+        other = with_adapters()
+        other.config.lora["alpha"] = 8.0
+        with pytest.raises(CheckpointError, match=r"rank 2, alpha 8, .*: set model.decoder.lora as"):
+            check_adapters(other, adapted, goes_on)
+    check_adapters(with_adapters(), plain, goes_on=False)
+    with pytest.raises(CheckpointError, match=r"no adapters, but .* rank 2, .* in another save_dir"):
+        check_adapters(with_adapters(), plain, goes_on=True)
+    other = with_adapters()
+    other.config.lora["dropout"] = 0.5  # belongs to the training, not to what was trained
+    check_adapters(other, adapted, goes_on=True)
+    check_adapters(other, tmp_path, goes_on=True)  # no configuration: what is missing there is said elsewhere
 
 
 def test_a_step_without_adapters_starts_a_run_with_some(tmp_path: Path) -> None:

@@ -218,6 +218,9 @@ def test_a_run_with_adapters_from_training_to_an_answer(shards: Path, tmp_path: 
     for stop in ("3", "6"):
         (done,) = forked("train.py", *run, "--train.stop_at_step", stop)
         assert done.returncode == 0, done.stderr[-3000:]
+    (refused,) = forked("train.py", *run, "--model.decoder.lora.alpha", "7")
+    assert refused.returncode == 2
+    assert "step-000006 is of a decoder with adapters of rank 2, alpha" in refused.stderr
     steps = [tmp_path / "run/checkpoints" / name for name in ("step-000003", "step-000006")]
     first, last = (
         {name: tensor for path in step.glob("model*.safetensors") for name, tensor in load_file(path).items()}
