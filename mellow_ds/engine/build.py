@@ -16,6 +16,7 @@ from mellow_ds.errors import ConfigError, FaultError, MellowError
 from mellow_ds.log import ALIKE
 from mellow_ds.model.meta import ReadWeight, materialise
 
+_PYTORCH_ONLY = ("Muon",)  # optimizers that the DeepSpeed back end has not
 _log = logging.getLogger("mellow_ds.engine")
 
 
@@ -33,11 +34,11 @@ def build_engine(
     "auto" takes DeepSpeed, and FSDP2 with a warning where DeepSpeed cannot be imported or initialised on every rank,
     or has not what is asked for. `read_weight` gives the parameters of a model that are on the meta device.
     """
-    if read_weight is not None and not shards_parameters(kind, engine_json):
+    if read_weight is not None and not shards_parameters(kind, engine_json, config.optimizer_type):
         materialise(model, model, read_weight)
-    if kind == "auto" and config.optimizer_type == "Muon":
-        what = "engine auto: Muon needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed"
-        _log.warning(what, extra=ALIKE)
+    if kind == "auto" and config.optimizer_type in _PYTORCH_ONLY:
+        what = "engine auto: %s needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed"
+        _log.warning(what, config.optimizer_type, extra=ALIKE)
         kind = "fsdp"
     if kind == "auto" and shape.precision == "float16" and not zero_stage(engine_json):
         what = "engine auto: DeepSpeed does not scale a loss at stage 0; DDP takes its place for float16"
@@ -59,9 +60,10 @@ def build_engine(
     return FSDPEngine(model, engine_json, shape, config, device, read_weight)
 
 
-def shards_parameters(kind: str, engine_json: dict[str, Any]) -> bool:
-    """Whether a rank holds only its part of the parameters: ZeRO-3, and FSDP2 at every stage."""
-    return zero_stage(engine_json) > (0 if kind == "fsdp" else 2)
+def shards_parameters(kind: str, engine_json: dict[str, Any], optimizer_type: str) -> bool:
+    """Whether a rank holds only its part of the parameters: ZeRO-3, and FSDP2 at every stage but 0."""
+    is_pytorch = kind == "fsdp" or (kind == "auto" and optimizer_type in _PYTORCH_ONLY)
+    return zero_stage(engine_json) > (0 if is_pytorch else 2)
 
 
 def _try_deepspeed(

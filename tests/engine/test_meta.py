@@ -1,7 +1,9 @@
 """A decoder on the meta device: read a block at a time by whatever shards it, and the same weights as a whole one."""
 
 import torch
+from torch.distributed.tensor import DTensor
 
+from mellow_ds.engine.build import build_engine, shards_parameters
 from mellow_ds.model.meta import has_meta, parameters_on_meta
 from mellow_ds.verify.small import small_model
 from mellow_ds.world import World
@@ -62,3 +64,29 @@ def check_half(world: World) -> None:
 
 def test_in_bfloat16_too() -> None:
     run_ranks(2, check_half)
+
+
+def check_muon(world: World) -> None:
+    whole = small_model(seed=1).state_dict()
+    config = with_train(optimizer_type="Muon")
+    for stage, is_sharded in ((0, False), (1, True), (2, True), (3, True)):
+        engine_json = {"zero_optimization": {"stage": stage}}
+        assert shards_parameters("auto", engine_json, "Muon") == is_sharded
+        model, cpu = with_meta_decoder(), torch.device("cpu")
+        engine = build_engine("auto", model, engine_json, shape(world, 2), config, cpu, whole.__getitem__)
+        assert engine.name.startswith("FSDP2" if is_sharded else "DDP")
+        assert any(isinstance(parameter, DTensor) for parameter in model.parameters()) == is_sharded
+        engine.close()
+
+
+def test_muon_under_engine_auto_is_sharded_as_by_engine_fsdp() -> None:
+    run_ranks(2, check_muon)
+
+
+def test_what_shards_parameters() -> None:
+    def stages(kind: str) -> list[int]:
+        jsons = {stage: {"zero_optimization": {"stage": stage}} for stage in range(4)}
+        return [stage for stage, engine_json in jsons.items() if shards_parameters(kind, engine_json, "AdamW")]
+
+    assert stages("auto") == stages("deepspeed") == [3]
+    assert stages("fsdp") == [1, 2, 3]
