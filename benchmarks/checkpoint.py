@@ -1,6 +1,6 @@
 """How long a checkpoint holds up training, waited for and in the background, and how soon a run goes on from one.
 
-The recipe `mellow` in full size (167 M parameters, random weights), float32, ZeRO-2 on CPU ranks. Saves: rounds of
+The recipe `mellow` in full size (167 M parameters, random weights), float32, on CPU ranks. Saves: rounds of
 steps without a save, a save that is waited for, and a save in the background with steps beside it. Resuming: the real
 command, from the start of its process to the first step that it records.
 """
@@ -24,6 +24,7 @@ import psutil
 
 EXAMPLES = """examples:
   python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json      # 10 minutes on 2 cores
+  python benchmarks/checkpoint.py --engine fsdp --stage 3 --out benchmarks/results/checkpoint_fsdp3.json
   python benchmarks/checkpoint.py --tiny --rounds 1 --steps 2                   # does it run?
 """
 _RESUME_SECONDS = 300  # that a start may take before it counts as failed
@@ -38,6 +39,8 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--rounds", type=measuring.positive, default=3, help="rounds (default 3)")
     parser.add_argument("--steps", type=measuring.positive, default=6, help="steps beside a save (default 6)")
     parser.add_argument("--ranks", type=measuring.positive, default=2, help="processes (default 2)")
+    parser.add_argument("--engine", choices=("deepspeed", "fsdp"), default="deepspeed", help="back end (deepspeed)")
+    parser.add_argument("--stage", type=int, choices=range(4), default=2, help="of ZeRO or FSDP2 (default 2)")
     parser.add_argument("--layers", type=measuring.positive, help="layers of the decoder (default 30, as SmolLM2-135M)")
     parser.add_argument("--tiny", action="store_true", help="minute networks: shows that it runs, measures nothing")
     parser.add_argument("--folder", type=Path, help="where checkpoints are written (default: a temporary folder)")
@@ -115,7 +118,9 @@ def run_arguments(options: argparse.Namespace, folder: Path) -> list[str]:
     tiny = "--model.encoder.audioenc_name Cnn14 --model.encoder.channels 4 8 --model.encoder.out_emb 8"
     tiny += " --model.encoder.freeze_audio_encoder_weights false"
     return [
-        "--config", "mellow", "--deepspeed_config", "ds_configs/zero2.json", "--data.shards", str(folder / "shards"),
+        "--config", "mellow", "--engine", options.engine,
+        "--deepspeed_config", str(measuring.engine_json(options.stage)),
+        "--data.shards", str(folder / "shards"),
         "--data.segment_seconds", str(recipe_config(sizes).data.segment_seconds),
         "--model.decoder.text_decoder", str(folder / "decoder"), "--train.batch_size", "1", "--train.num_workers", "0",
         "--train.log_every_steps", "1", "--train.max_steps", "50", "--train.save_every_steps", "0",
@@ -183,6 +188,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parse_arguments(given)
     with tempfile.TemporaryDirectory(dir=options.folder, prefix="checkpoint-") as name:
         result = measure(options, Path(name))
+    print(result["engine"])
     print(f"{result['num_parameters'] / 1e6:.0f} M parameters, {result['num_bytes'] / 1e6:.0f} MB a checkpoint")
     rows = {
         "training held up by a save that is waited for": result["median_synchronous"],

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import measuring
 import torch
 import torch.distributed as dist
 import workload
@@ -21,7 +22,7 @@ from project_side import (
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.data.batch import Batch
-from mellow_ds.ds_config import StepShape
+from mellow_ds.ds_config import StepShape, read_engine_json
 from mellow_ds.engine.build import build_engine
 from mellow_ds.engine.process_group import start_process_group, stop_process_group
 from mellow_ds.engine.protocol import Engine
@@ -44,7 +45,8 @@ def run_rank(rank: int, port: int, folder: Path, options: argparse.Namespace, re
     run.engine.close()
     stop_process_group()
     if world.is_main:
-        results.put({"num_bytes": run.num_bytes, "num_parameters": run.num_parameters, "rounds": found})
+        size = {"num_bytes": run.num_bytes, "num_parameters": run.num_parameters}
+        results.put({"engine": run.engine.name, **size, "rounds": found})
 
 
 class _Run:
@@ -67,9 +69,8 @@ class _Run:
         example = min(examples, key=lambda e: len(e.prompt_ids) + len(e.answer_ids))
         waveforms = draw_waveforms(1, config.data.clip_samples, options.seed)
         self._batch: Batch = project_batch([example], waveforms, compact_layout(model))
-        self.engine: Engine = build_engine(
-            "deepspeed", model.train(), {"zero_optimization": {"stage": 2}}, shape, config.train, device
-        )
+        engine_json = read_engine_json(str(measuring.engine_json(options.stage)))
+        self.engine: Engine = build_engine(options.engine, model.train(), engine_json, shape, config.train, device)
         self._store = CheckpointStore(folder, 1, Peers(world, device))
         self._step = 0
 

@@ -16,6 +16,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def engine_json(stage: int) -> Path:
+    """The engine JSON that users get for a ZeRO stage."""
+    return ROOT / f"ds_configs/zero{stage}.json"
+
+
 def positive(text: str) -> int:
     """A whole number of 1 or more, for argparse."""
     number = int(text)
