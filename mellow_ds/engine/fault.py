@@ -54,46 +54,56 @@ def _look_at(model: nn.Module, forward: Callable[[dict[str, Any]], Any], batch: 
     watch = _Watch(model)
     with watch:
         output = forward(batch.model_inputs())
-        watched = list(watch.outputs)  # the backward pass may run modules again, and so add to it
-        # all of them take part in the loss, so this reaches every block on every rank
-        gradients = torch.autograd.grad(output.loss_sum, [t for _, t in watched], allow_unused=True) if watched else ()
+        sources = list(watch.sources)  # the backward pass may run modules again, and so add to them
+        if sources:
+            # all of them take part in the loss, so this reaches every block on every rank
+            torch.autograd.grad(output.loss_sum, sources, allow_unused=True)
     if watch.first_bad:
         return f"{watch.first_bad} gives values that are not finite, the first to do so"
     if not torch.isfinite(output.loss_sum):
         return f"the loss is {float(output.loss_sum)}, though every module gives finite values"
-    # backward begins at the end: the last one in the order of the forward pass is the first to be reached
-    for (name, _), gradient in reversed(list(zip(watched, gradients, strict=True))):
-        if gradient is not None and not torch.isfinite(gradient).all():
-            return f"the gradient at the output of {name} is not finite, the first in the backward pass"
+    if watch.first_bad_gradient:
+        return f"the gradient at the output of {watch.first_bad_gradient} is not finite, the first in the backward pass"
     return ""
 
 
 class _Watch:
-    """Looks at the output of every module while it is open."""
+    """Looks at the output of every module, and at its gradient, while it is open; keeps next to none of them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.first_bad = ""
-        self.outputs: list[tuple[str, torch.Tensor]] = []  # of modules, with a graph
+        self.first_bad_gradient = ""
+        self.sources: list[torch.Tensor] = []  # outputs with a graph of modules whose inputs have none
         self._model = model
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Watch":
         for name, module in self._model.named_modules():
             if name:
-                self._handles.append(module.register_forward_hook(self._hook(name)))
+                self._handles.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
         return self
 
     def __exit__(self, *_: object) -> None:
         for handle in self._handles:
             handle.remove()
 
-    def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
-        def look(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def _hook(self, name: str) -> Callable[..., None]:
+        def look(_module: nn.Module, inputs: Any, named_inputs: Any, output: Any) -> None:
+            begins = not any(tensor.requires_grad for tensor in (*_tensors(inputs), *_tensors(named_inputs)))
             for tensor in _tensors(output):
                 if not self.first_bad and not torch.isfinite(tensor).all():
                     self.first_bad = name
                 if tensor.requires_grad:
-                    self.outputs.append((name, tensor))
+                    tensor.register_hook(self._gradient_hook(name))
+                    if begins:
+                        self.sources.append(tensor)
+
+        return look
+
+    def _gradient_hook(self, name: str) -> Callable[[torch.Tensor], None]:
+        def look(gradient: torch.Tensor) -> None:
+            if not self.first_bad_gradient and not torch.isfinite(gradient).all():
+                self.first_bad_gradient = name
 
         return look
 

@@ -1,6 +1,7 @@
 """A loss or gradient that is not finite: the step is skipped on all ranks, and who did it is named."""
 
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from mellow_ds.data.batch import Batch
 from mellow_ds.engine.loss import StepTotals, loss_for_backward
 from mellow_ds.engine.step import StepEngine
+from mellow_ds.model.blocks import recompute_activations
 from mellow_ds.verify.small import TRAIN, small_model
 from mellow_ds.world import World
 from tests.engine.cases import EXAMPLES, allow_float16, make_engine, micro_batches, reference, train
@@ -103,6 +105,29 @@ def check_bad_gradient(world: World, kind: str, stages: list[int], precision: st
 )
 def test_a_gradient_that_is_not_finite_is_traced_to_its_module(kind: str, precision: str, stages: list[int]) -> None:
     run_ranks(2, check_bad_gradient, kind, stages, precision)
+
+
+def check_memory(world: World) -> None:
+    model = small_model(seed=1)
+    spoil_gradient(model.decoder.model.layers[0].mlp)
+    assert recompute_activations(model.decoder) == 2
+    engine = make_engine("fsdp", model, 0, world)
+    inside: list[weakref.ref[torch.Tensor]] = []
+    alive: list[int] = []
+    for layer in model.decoder.model.layers:
+        layer.mlp.up_proj.register_forward_hook(lambda _, __, output: inside.append(weakref.ref(output)))
+    model.decoder.lm_head.register_forward_pre_hook(
+        lambda *_: alive.append(sum(found() is not None for found in inside))
+    )
+    fault = take(engine, micro_batches(EXAMPLES[0], world, 2, model.num_audio_tokens)).fault
+    assert "the gradient at the output of decoder.model.layers.0" in fault
+    assert len(alive) == 4  # two micro-batches, and once more to look at them
+    assert alive == [0] * 4
+
+
+def test_a_second_look_takes_no_more_memory_than_the_step() -> None:
+    """With activations that are computed again, next to none of a block's are kept."""
+    run_ranks(1, check_memory)
 
 
 def check_overflow(world: World, kind: str, stage: int) -> None:
