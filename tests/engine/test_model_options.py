@@ -3,10 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
-from mellow_ds.model.blocks import recompute_activations
+from mellow_ds.model.blocks import compile_blocks, recompute_activations
 from mellow_ds.model.lora import draw_adapters
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.model.norm import synchronise_batchnorm
@@ -21,6 +22,13 @@ CASES = [("deepspeed", 1), ("deepspeed", 3), ("fsdp", 0), ("fsdp", 1), ("fsdp", 
 def recomputing() -> MellowForConditionalGeneration:
     model = small_model(seed=1)
     recompute_activations(model)
+    return model
+
+
+def compiled() -> MellowForConditionalGeneration:
+    model = small_model(seed=1)
+    recompute_activations(model)
+    assert compile_blocks(model.decoder) == 2
     return model
 
 
@@ -72,9 +80,14 @@ def plainly(make: Callable[[], Any]) -> tuple[list[float], dict[str, torch.Tenso
 
 
 def check(world: World, make: Callable[[], Any], accumulation: int) -> None:
-    plain = {recomputing: lambda: small_model(seed=1), all_together: training_its_encoder}.get(make, make)
+    plain = {
+        recomputing: lambda: small_model(seed=1),
+        compiled: lambda: small_model(seed=1),
+        all_together: training_its_encoder,
+    }.get(make, make)
     losses, weights, buffers = plainly(plain)
-    for kind, stage in CASES:
+    # a compiler takes half a minute a case
+    for kind, stage in [case for case in CASES if make is not compiled or case[1] == 3]:
         model = make()
         synchronise_batchnorm(model, dist.group.WORLD)
         tokens = model.num_audio_tokens
@@ -89,6 +102,14 @@ def check(world: World, make: Callable[[], Any], accumulation: int) -> None:
             if "running" in name:
                 torch.testing.assert_close(value, buffers[name], rtol=1e-4, atol=1e-5)
         engine.close()
+    if make is compiled:
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0  # and not run as it is after a warning
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_nothing() -> None:
+    """With activations that are computed again, as the two are used together."""
+    run_ranks(2, check, compiled, 2, seconds=300)
 
 
 def test_recomputed_activations_change_nothing() -> None:
