@@ -29,7 +29,7 @@ from mellow_ds.checkpoint.staging import Staging
 from mellow_ds.checkpoint.step_folder import FORMAT_VERSION, STATE_FILE, random_file, step_name, step_of
 from mellow_ds.checkpoint.write import aside_of, make_aside, publish, publish_written, write_part
 from mellow_ds.engine.protocol import Engine
-from mellow_ds.errors import CheckpointError, SaveError
+from mellow_ds.errors import CheckpointError
 
 _log = logging.getLogger("mellow_ds.checkpoint")
 
@@ -73,7 +73,7 @@ class CheckpointStore:
         keep_best: str = "",
     ) -> None:
         """`describe(folder)` writes what makes a step a model folder, its configuration and processor; it is called
-        once, on rank 0. `keep_best`: the name of a metric of `save`; the step with the lowest is kept too."""
+        once, on rank 0. `keep_best`: the name of a metric of `begin`; the step with the lowest is kept too."""
         self._folder = folder
         self._keep = keep
         self._keep_best = keep_best
@@ -120,14 +120,6 @@ class CheckpointStore:
                 "choose another save_dir to start from nothing"
             )
         return None
-
-    def save(self, step: int, engine: Engine, state: dict[str, Any]) -> Path:
-        """Write and publish the step and wait for it; raises `SaveError` on all ranks where one of them cannot."""
-        outcome = self.begin(step, engine, state) or self.wait()
-        assert outcome is not None, "a save that was begun has an outcome"
-        if outcome.error:
-            raise SaveError(outcome.error)
-        return outcome.folder
 
     def begin(self, step: int, engine: Engine, state: dict[str, Any]) -> SaveOutcome | None:
         """Copy the step and write it in the background; the outcome at once where not even a folder could be made.

@@ -285,15 +285,11 @@ class DeepSpeedEngine(StepEngine):
         master weights at the full learning rate, and Adam would count one update too many."""
         inner = self._inner_optimizer()
         inner.state.clear()
-        for group, parameters in zip(inner.param_groups, self._group_parameters, strict=True):
+        for group in inner.param_groups:
             if "step" in group:  # DeepSpeed's FusedAdam counts here
                 group["step"] = 0
-            masters = group["params"]
-            if len(masters) == 1 and masters[0].ndim == 1 and masters[0].numel() == sum(p.numel() for p in parameters):
-                masters[0].data.copy_(torch.cat([parameter.data.flatten() for parameter in parameters]))
-            else:
-                for master, parameter in zip(masters, parameters, strict=True):
-                    master.data.copy_(parameter.data)
+        for parameter, pieces in self._replicated_state():
+            pieces["weight"].copy_(parameter.data)
 
     def _inner_optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that was handed in, below ZeRO's or the half-precision wrapper."""
@@ -353,17 +349,19 @@ class DeepSpeedEngine(StepEngine):
             return
         for parameters, group in zip(self._group_parameters, inner.param_groups, strict=True):
             masters = group["params"]
-            flat = len(masters) == 1 and masters[0].numel() == sum(p.numel() for p in parameters)
-            offset = 0
+            is_flat = (
+                len(masters) == 1 and masters[0].ndim == 1 and masters[0].numel() == sum(p.numel() for p in parameters)
+            )
+            start = 0
             for number, parameter in enumerate(parameters):
-                master = masters[0] if flat else masters[number]
-                start, length = (offset, parameter.numel()) if flat else (0, parameter.numel())
-                offset += parameter.numel()
-                pieces = {"weight": master.data, **{k: v for k, v in inner.state[master].items() if k in ADAM_MOMENTS}}
-                yield (
-                    parameter,
-                    {key: t.reshape(-1).narrow(0, start, length).view(parameter.shape) for key, t in pieces.items()},
-                )
+                master = masters[0] if is_flat else masters[number]
+                moments = {k: v for k, v in inner.state.get(master, {}).items() if k in ADAM_MOMENTS}
+                pieces = {"weight": master.data, **moments}
+                if is_flat:
+                    place = slice(start, start + parameter.numel())
+                    pieces = {k: v.flatten()[place].view(parameter.shape) for k, v in pieces.items()}
+                start += parameter.numel()
+                yield parameter, pieces
 
 
 class _Gathered(AbstractContextManager[nn.Module]):

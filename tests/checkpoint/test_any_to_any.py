@@ -18,6 +18,7 @@ from mellow_ds.engine.protocol import Engine
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.verify.small import small_model
 from mellow_ds.world import World
+from tests.checkpoint.saving import save_step
 from tests.engine.cases import EXAMPLES, make_engine, reference, train
 from tests.ranks import run_ranks
 
@@ -65,7 +66,7 @@ def save(world: World, folder: Path, stages: tuple[int, ...]) -> None:
         train(engine, audio_tokens, world, 2, EXAMPLES[:2])
         check_shares(engine, world)
         target = step_of(folder, stage, world.size)
-        assert CheckpointStore(target.parent, 1, Peers(world, engine.device)).save(2, engine, {}) == target
+        assert save_step(CheckpointStore(target.parent, 1, Peers(world, engine.device)), 2, engine, {}) == target
         engine.close()
 
 

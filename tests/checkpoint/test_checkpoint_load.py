@@ -18,6 +18,7 @@ from mellow_ds.checkpoint.tensor_files import TensorFiles
 from mellow_ds.errors import CheckpointError
 from mellow_ds.world import World
 from tests.checkpoint.plain import STATE, PlainEngine
+from tests.checkpoint.saving import save_step
 
 
 class PlainModel(nn.Module):
@@ -36,7 +37,7 @@ class PlainModel(nn.Module):
 def saved(tmp_path: Path) -> Path:
     engine = PlainEngine(2, scaler={"cur_scale": 8.0})
     store = CheckpointStore(tmp_path, 1, Peers(World()))
-    return store.save(3, engine, {**STATE, "scaler": engine.scaler_state()})
+    return save_step(store, 3, engine, {**STATE, "scaler": engine.scaler_state()})
 
 
 def split_in_two(saved: Path) -> None:
@@ -74,7 +75,7 @@ def test_everything_comes_back(saved: Path, split: bool) -> None:
 
 def test_random_states_come_back_and_new_ranks_have_their_own(tmp_path: Path) -> None:
     torch.manual_seed(5)
-    saved = CheckpointStore(tmp_path, 1, Peers(World())).save(1, PlainEngine(1), STATE)
+    saved = save_step(CheckpointStore(tmp_path, 1, Peers(World())), 1, PlainEngine(1), STATE)
     expected = torch.rand(3).tolist()
     drawn = []
     for seed in (6, 7):  # nothing of this start is in them

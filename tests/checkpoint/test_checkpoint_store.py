@@ -20,6 +20,7 @@ from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.errors import CheckpointError, SaveError
 from mellow_ds.world import World
 from tests.checkpoint.plain import STATE, PlainEngine
+from tests.checkpoint.saving import save_step
 from tests.ranks import run_ranks
 
 
@@ -31,7 +32,7 @@ def make_store(folder: Path, keep: int = 2, **options: Any) -> CheckpointStore:
 def store(tmp_path: Path) -> CheckpointStore:
     store = make_store(tmp_path / "checkpoints")
     for step in (1, 2, 3):
-        store.save(step, PlainEngine(step), {"num_updates": step})
+        save_step(store, step, PlainEngine(step), {"num_updates": step})
     return store
 
 
@@ -108,7 +109,7 @@ def test_a_file_called_latest_does_not_matter(store: CheckpointStore, latest: st
     else:
         path.write_text("" if latest == "empty" else "step-000002")
     assert store.newest() == store.folder_of(3)
-    store.save(4, PlainEngine(4), STATE)
+    save_step(store, 4, PlainEngine(4), STATE)
     assert store.newest() == store.folder_of(4)
 
 
@@ -116,10 +117,10 @@ def test_saving_a_step_again_never_leaves_a_moment_without_it(store: CheckpointS
     """A resumed run passes a step that was saved before: whole, it stays; damaged, it is replaced."""
     newest = store.steps()[-1]
     before = (newest / "model.safetensors").stat().st_ino
-    store.save(3, PlainEngine(3), STATE)
+    save_step(store, 3, PlainEngine(3), STATE)
     assert (newest / "model.safetensors").stat().st_ino == before
     flip(newest / "model.safetensors")
-    store.save(3, PlainEngine(3), STATE)
+    save_step(store, 3, PlainEngine(3), STATE)
     verify_checkpoint(newest)
     assert names(newest.parent) == ["step-000002", "step-000003"]
 
@@ -128,11 +129,11 @@ def test_damaged_later_steps_do_not_push_out_new_ones(tmp_path: Path) -> None:
     """keep 1; step 6 is damaged and the run goes on from step 2: what it saves must stay."""
     store = make_store(tmp_path, keep=2)
     for step in (2, 6):
-        store.save(step, PlainEngine(step), STATE)
+        save_step(store, step, PlainEngine(step), STATE)
     flip(store.folder_of(6) / "model.safetensors")
     again = make_store(tmp_path, keep=1)
     assert again.newest() == store.folder_of(2)
-    again.save(4, PlainEngine(4), STATE)
+    save_step(again, 4, PlainEngine(4), STATE)
     assert [path.name for path in again.steps()] == ["step-000004", "step-000006"]
     assert again.newest() == store.folder_of(4)
 
@@ -141,16 +142,16 @@ def test_a_damaged_step_that_was_passed_counts_neither_among_the_newest_nor_as_t
     """It goes when those go that are older than the newest whole ones."""
     store = make_store(tmp_path, keep=9)
     for step, loss in ((2, 3.0), (5, 1.0)):
-        store.save(step, PlainEngine(step), {**STATE, "metrics": {"loss": loss}})
+        save_step(store, step, PlainEngine(step), {**STATE, "metrics": {"loss": loss}})
     flip(store.folder_of(5) / "model.safetensors")
     again = make_store(tmp_path, keep=2, keep_best="loss")
     assert again.newest() == store.folder_of(2)
     kept = []
     for step, loss in ((4, 2.0), (6, 2.5), (8, 2.6)):
-        again.save(step, PlainEngine(step), {**STATE, "metrics": {"loss": loss}})
+        save_step(again, step, PlainEngine(step), {**STATE, "metrics": {"loss": loss}})
         kept.append([int(path.name[5:]) for path in again.steps()])
     assert kept == [[2, 4, 5], [4, 5, 6], [4, 6, 8]]
-    again.save(5, PlainEngine(5), STATE)  # saved anew, it is whole
+    save_step(again, 5, PlainEngine(5), STATE)  # saved anew, it is whole
     verify_checkpoint(again.folder_of(5))
 
 
@@ -177,10 +178,10 @@ def test_a_failed_save_says_why_and_keeps_what_was_there(
 
     monkeypatch.setattr(store_module, "write_part", fails)
     with pytest.raises(SaveError, match=rf"step-000004 was not saved: .*{reason}.*it takes .*free; step-000003 stays"):
-        store.save(4, PlainEngine(4), STATE)
+        save_step(store, 4, PlainEngine(4), STATE)
     assert names(store.folder_of(4).parent) == ["step-000002", "step-000003"]
     monkeypatch.undo()
-    assert store.save(5, PlainEngine(5), STATE) == store.newest()  # the next one is tried as if nothing had been
+    assert save_step(store, 5, PlainEngine(5), STATE) == store.newest()  # the next one is tried as if nothing had been
 
 
 def test_an_error_of_any_kind_in_the_background_is_told(
@@ -188,7 +189,7 @@ def test_an_error_of_any_kind_in_the_background_is_told(
 ) -> None:
     monkeypatch.setattr(store_module, "write_part", lambda *_: 1 / 0)
     with pytest.raises(SaveError, match="ZeroDivisionError"):
-        store.save(4, PlainEngine(4), STATE)
+        save_step(store, 4, PlainEngine(4), STATE)
 
 
 def test_what_an_interrupted_save_left_is_no_step_and_is_replaced(store: CheckpointStore) -> None:
@@ -197,7 +198,7 @@ def test_what_an_interrupted_save_left_is_no_step_and_is_replaced(store: Checkpo
         (parent / name).mkdir()
         (parent / name / "model.safetensors").write_bytes(b"half")
     assert store.newest() == store.folder_of(3)
-    store.save(4, PlainEngine(4), STATE)
+    save_step(store, 4, PlainEngine(4), STATE)
     assert store.newest() == store.folder_of(4)
     assert names(parent) == ["step-000003", "step-000004"]
 
@@ -221,7 +222,7 @@ def test_describe_is_asked_once_and_written_into_every_step(tmp_path: Path) -> N
 
     store = make_store(tmp_path, describe=describe)
     for step in (1, 2):
-        folder = store.save(step, PlainEngine(step), STATE)
+        folder = save_step(store, step, PlainEngine(step), STATE)
         assert (folder / "config.json").read_text() == "{}"
         assert "config.json" in json.loads((folder / "files.json").read_text())
     assert len(calls) == 1
@@ -239,9 +240,9 @@ def test_a_description_that_cannot_be_written_is_a_save_that_failed(tmp_path: Pa
 
     store = make_store(tmp_path, describe=describe)
     with pytest.raises(SaveError, match="step-000001 was not saved"):
-        store.save(1, PlainEngine(1), STATE)
+        save_step(store, 1, PlainEngine(1), STATE)
     assert names(tmp_path) == []
-    assert "config.json" in names(store.save(2, PlainEngine(2), STATE))
+    assert "config.json" in names(save_step(store, 2, PlainEngine(2), STATE))
 
 
 def test_a_save_needs_no_other_disk_than_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,7 +250,7 @@ def test_a_save_needs_no_other_disk_than_its_own(tmp_path: Path, monkeypatch: py
         monkeypatch.setenv(name, str(tmp_path / "gone"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "gone"))
     store = make_store(tmp_path / "run", describe=lambda folder: (folder / "config.json").write_text("{}"))
-    saved = store.save(1, PlainEngine(1), STATE)
+    saved = save_step(store, 1, PlainEngine(1), STATE)
     files = ["config.json", "files.json", "model.safetensors", "optimizer.safetensors", "random-00000.safetensors"]
     assert names(saved) == [*files, "state.json"]
 
@@ -257,11 +258,11 @@ def test_a_save_needs_no_other_disk_than_its_own(tmp_path: Path, monkeypatch: py
 def test_the_best_is_kept_beside_the_newest(tmp_path: Path) -> None:
     store = make_store(tmp_path, keep=1, keep_best="eval_loss")
     for step, value in enumerate((3.0, 1.0, None, 2.0, float("nan")), start=1):
-        store.save(step, PlainEngine(step), {**STATE, "metrics": {"eval_loss": value, "loss": -step}})
+        save_step(store, step, PlainEngine(step), {**STATE, "metrics": {"eval_loss": value, "loss": -step}})
     assert [path.name for path in store.steps()] == ["step-000002", "step-000005"]
-    store.save(6, PlainEngine(6), {**STATE, "metrics": {"eval_loss": 0.5}})
+    save_step(store, 6, PlainEngine(6), {**STATE, "metrics": {"eval_loss": 0.5}})
     assert [path.name for path in store.steps()] == ["step-000006"]
-    store.save(7, PlainEngine(7), {"num_updates": 3})  # a step without metrics
+    save_step(store, 7, PlainEngine(7), {"num_updates": 3})  # a step without metrics
     assert [path.name for path in store.steps()] == ["step-000006", "step-000007"]
 
 
@@ -311,7 +312,7 @@ def test_all_is_on_the_disk_before_a_step_has_its_name(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(os, "fsync", noting_flush)
     monkeypatch.setattr(Path, "rename", noting_rename)
-    saved = make_store(tmp_path).save(1, PlainEngine(1), STATE)
+    saved = save_step(make_store(tmp_path), 1, PlainEngine(1), STATE)
     named = done.index(("rename", str(saved)))
     aside = tmp_path / ".writing-step-000001"
     before = [path for what, path in done[:named] if what == "flush"]
@@ -334,7 +335,7 @@ def test_a_step_that_was_written_but_not_published_is_published_at_the_next_star
 def two_ranks(world: World, folder: Path) -> None:
     peers = Peers(world)
     store = CheckpointStore(folder, 2, peers)
-    saved = store.save(1, PlainEngine(1, sizes=(40, 12, 12, 12)), STATE)
+    saved = save_step(store, 1, PlainEngine(1, sizes=(40, 12, 12, 12)), STATE)
     assert store.newest() == saved
     assert names(saved) == [
         "files.json", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
@@ -349,14 +350,14 @@ def two_ranks(world: World, folder: Path) -> None:
     assert index["metadata"]["total_size"] == sum(t.nbytes for part in weights for t in part.values())
     assert index["weight_map"]["w3"] == "model-00002-of-00002.safetensors"
     # one flipped bit in the file that rank 1 hashes, and both pass the step over
-    store.save(2, PlainEngine(2), STATE)
+    save_step(store, 2, PlainEngine(2), STATE)
     peers.all_ok(True)
     if world.is_main:
         flip(folder / "step-000002" / "random-00001.safetensors")
     peers.all_ok(True)
     assert store.newest() == saved
     # all moments are rank 0's, but rank 1 has weights to write
-    saved = store.save(2, PlainEngine(1, sizes=(64,)), STATE)
+    saved = save_step(store, 2, PlainEngine(1, sizes=(64,)), STATE)
     assert [name for name in names(saved) if name.startswith("optimizer")] == ["optimizer.safetensors"]
     assert [name for name in names(saved) if name.startswith("model-")] == [
         "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors",
@@ -365,7 +366,7 @@ def two_ranks(world: World, folder: Path) -> None:
     # a failure of rank 1 alone: both say so in the same words
     store_module.write_part = _failing(world)  # type: ignore[assignment]
     with pytest.raises(SaveError, match=r"step-000003 was not saved: rank 1: the disk is full.*step-000002 stays"):
-        store.save(3, PlainEngine(3), STATE)
+        save_step(store, 3, PlainEngine(3), STATE)
     peers.all_ok(True)
     assert names(folder) == ["step-000001", "step-000002"]
 

@@ -13,6 +13,7 @@ from mellow_ds.model.lora import draw_adapters
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.verify.small import batch_of, small_model
 from mellow_ds.world import World
+from tests.checkpoint.saving import save_step
 from tests.engine.cases import make_engine
 from tests.ranks import run_ranks
 
@@ -29,7 +30,7 @@ def with_adapters(rank: int = 2) -> MellowForConditionalGeneration:
 
 def save(model: MellowForConditionalGeneration, folder: Path, world: World) -> Path:
     engine = make_engine("fsdp", model, 0, world)
-    return CheckpointStore(folder, 1, Peers(world, engine.device)).save(1, engine, {})
+    return save_step(CheckpointStore(folder, 1, Peers(world, engine.device)), 1, engine, {})
 
 
 def check(world: World, folder: Path) -> None:

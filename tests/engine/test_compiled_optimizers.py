@@ -25,6 +25,7 @@ from mellow_ds.engine.ops import is_compiled, op_problem
 from mellow_ds.engine.step import StepEngine
 from mellow_ds.verify.small import small_model
 from mellow_ds.world import World
+from tests.checkpoint.saving import save_step
 from tests.engine.cases import EXAMPLES, make_engine, reference, train
 from tests.engine.test_parts import check_phases
 from tests.ranks import run_ranks
@@ -59,7 +60,7 @@ def check(world: World, folder: Path) -> None:
             assert ("CPUAdam" if zero else "FusedAdam") in engine.name or first is OURS
             before = train(engine, tokens, world, 2, EXAMPLES[:2])
             store = CheckpointStore(folder / f"{number}-{first is OURS}-{second is OURS}", 1, Peers(world))
-            start = store.save(2, engine, {})
+            start = save_step(store, 2, engine, {})
             engine.close()
             engine = build(world, stage, zero, second, seed=77, start=start)
             after = train(engine, tokens, world, 2, EXAMPLES[2:])

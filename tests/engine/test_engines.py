@@ -14,6 +14,7 @@ from mellow_ds.engine.step import StepEngine
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.verify.small import batch_of, small_model
 from mellow_ds.world import World
+from tests.checkpoint.saving import save_step
 from tests.engine.cases import EXAMPLES, make_engine, reference, train, with_train
 from tests.ranks import run_ranks
 
@@ -90,7 +91,7 @@ def save_after_two_steps(world: World, folder: Path, kind: str, stage: int) -> N
     audio_tokens = model.num_audio_tokens
     engine = make_engine(kind, model, stage, world)
     train(engine, audio_tokens, world, 2, EXAMPLES[:2])
-    CheckpointStore(folder, 2, Peers(world, engine.device)).save(2, engine, {})
+    save_step(CheckpointStore(folder, 2, Peers(world, engine.device)), 2, engine, {})
 
 
 def resume(world: World, folder: Path, cases: tuple[tuple[str, int], ...]) -> None:
@@ -126,7 +127,7 @@ def check_half_precision(world: World, folder: Path, kind: str) -> None:
         assert losses == pytest.approx(reference(2)[0], rel=2e-2)
         before = {state.name: state for state in engine.parameter_states()}
         store = CheckpointStore(folder / f"{kind}{stage}", 1, Peers(world, engine.device))
-        saved = store.save(2, engine, {"scaler": engine.scaler_state()})
+        saved = save_step(store, 2, engine, {"scaler": engine.scaler_state()})
         straight = train(engine, tokens, world, 1, EXAMPLES[2:]), {s.name: s for s in engine.parameter_states()}
         off = [(state.weight - reference_weights[name]).abs().flatten() for name, state in straight[1].items()]
         assert float(torch.cat(off).mean()) < 1e-3, stage  # what bfloat16 makes of four steps: 6e-4
@@ -158,7 +159,7 @@ def check_muon(world: World, folder: Path) -> None:
         tokens = model.num_audio_tokens
         engine = make_engine("fsdp", model, stage, world, 1, muon)
         train(engine, tokens, world, 1, EXAMPLES[:2])
-        saved = CheckpointStore(folder / str(stage), 1, Peers(world, engine.device)).save(2, engine, {})
+        saved = save_step(CheckpointStore(folder / str(stage), 1, Peers(world, engine.device)), 2, engine, {})
         straight = train(engine, tokens, world, 1, EXAMPLES[2:]), {s.name: s for s in engine.parameter_states()}
         engine.close()
         again = small_model(seed=5)
