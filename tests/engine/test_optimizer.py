@@ -1,6 +1,7 @@
 """Which parameters get weight decay, and the norm of all gradients."""
 
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -69,6 +70,14 @@ def test_gradient_norm_is_over_all_and_infinite_where_one_is() -> None:
     assert gradient_norm([a, b]) == 5.0
     assert gradient_norm([a, b * float("nan")]) == float("inf")
     assert gradient_norm([]) == 0.0
+
+
+def test_gradient_norm_of_many_numbers_is_exact() -> None:
+    """As large as an embedding, with a few large numbers first, as its gradient has them."""
+    gradient = torch.full((4_000_000,), 1e-3)
+    gradient[:1000] = 10.0
+    exact = math.sqrt(1000 * 10.0**2 + 3_999_000 * float(gradient[-1]) ** 2)
+    assert gradient_norm([gradient, gradient]) == pytest.approx(math.sqrt(2) * exact, rel=1e-7)
 
 
 def test_parts_have_rates_of_their_own_and_muon_takes_the_matrices() -> None:
