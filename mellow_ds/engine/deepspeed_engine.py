@@ -312,13 +312,28 @@ class DeepSpeedEngine(StepEngine):
     def _make_moments(self) -> None:
         """Give the optimizer the state that it has after a step, with zeros to be filled."""
         inner = self._inner_optimizer()
-        for _, master in self._masters():
+        for number, (_, master) in enumerate(self._masters()):
             state = inner.state[master]
-            for key in ADAM_MOMENTS:
-                state[key] = torch.zeros_like(master.data, dtype=torch.float32)
-            # torch's Adam and AdamW count in a tensor
-            state["step"] = torch.zeros((), device=master.device) if isinstance(inner, torch.optim.Adam) else 0
+            with self._brought_in(number):
+                for key in ADAM_MOMENTS:
+                    if key in state:  # NVMe keeps the tensor in mind that it has once swapped out
+                        state[key].zero_()
+                    else:
+                        state[key] = torch.zeros_like(master.data, dtype=torch.float32)
+                # torch's Adam and AdamW count in a tensor
+                state["step"] = torch.zeros((), device=master.device) if isinstance(inner, torch.optim.Adam) else 0
         self._link_moments()
+
+    @contextmanager
+    def _brought_in(self, number: int) -> Iterator[None]:
+        """Hold the master and moments of this number of `_masters` in memory, where they are kept on NVMe."""
+        wrapped = self._engine.optimizer
+        is_away = self._stage == 3 and wrapped._swappable_optimizer_subgroup(number)
+        if is_away:
+            wrapped._optimizer_states_and_gradient_swap_in(number)
+        yield
+        if is_away:
+            wrapped._optimizer_states_and_gradient_swap_out(number)
 
     def _masters(self) -> list[tuple[int, torch.Tensor]]:
         """(number of the group, tensor): this rank's float32 tensors that the inner optimizer updates."""
