@@ -12,6 +12,7 @@ from mellow_ds.errors import ConfigError
 
 PARTS = ("encoder", "projector", "decoder")
 OPTIMIZERS = ("AdamW", "Adam", "Lamb", "Muon")
+PYTORCH_OPTIMIZERS = ("Muon",)  # that the DeepSpeed back end has not: engine auto takes PyTorch's for them
 SCHEDULES = ("constant", "linear", "cosine", "cosine_restarts", "step", "loss_tracking")
 
 

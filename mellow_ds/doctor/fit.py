@@ -64,7 +64,7 @@ def check_fit(case: Case) -> list[Finding]:
     if case.model is None or not case.machine.memory_bytes:
         return []
     found = [*_device(case), *_host(case, case.model)]
-    return found or [*_roomy(case, case.model), *_buckets(case, case.model)]
+    return [*(found or [*_roomy(case, case.model), *_buckets(case, case.model)]), *_last_evaluation(case, case.model)]
 
 
 def _device(case: Case) -> list[Finding]:
@@ -163,6 +163,35 @@ def _roomy(case: Case, model: ModelFacts) -> list[Finding]:
                     "take stage 2 (ds_configs/zero2.json)",
                 )
             ]  # fmt: skip
+    return []
+
+
+def _last_evaluation(case: Case, model: ModelFacts) -> list[Finding]:
+    """At stage 3 it is made by gathering the weights for each token, or once, where all of them fit."""
+    setup, room, config = setup_of(case), case.machine.memory_bytes, case.config
+    if setup.stage < 3 or setup.world == 1 or not config.train.evaluate_at_end:
+        return []
+    whole = setup.number_bytes * model.num_parameters
+    needed = rank_memory(case).peak + whole
+    if config.evaluation.gather_weights and needed > room:
+        return [
+            Finding(
+                STOPS, "evaluation-too-large",
+                f"evaluation.gather_weights brings {readable(whole)} to every rank, which then needs about "
+                f"{readable(needed)} and has {readable(room)}",
+                "train.evaluate_at_end comes when all of the training is done",
+                "set evaluation.gather_weights to false: the weights are gathered for each token, a block at a time",
+            )
+        ]  # fmt: skip
+    if not config.evaluation.gather_weights and needed < _TIGHT * room:
+        return [
+            Finding(
+                SLOW, "evaluation-gathers",
+                f"train.evaluate_at_end sends {readable(whole)} to every rank for each token of an answer at stage 3",
+                f"evaluation.gather_weights is false, though all of them would fit into {readable(room)} with the rest",
+                "set evaluation.gather_weights to true",
+            )
+        ]  # fmt: skip
     return []
 
 

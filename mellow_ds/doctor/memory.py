@@ -23,6 +23,7 @@ optimizer step, when activations are gone), and at stage 3 the parameters that a
 from dataclasses import dataclass
 from typing import Any
 
+from mellow_ds.config.train_keys import PYTORCH_OPTIMIZERS
 from mellow_ds.doctor.facts import ActivationFacts, Case, ModelFacts, PartFacts
 from mellow_ds.doctor.steps import precision_of, stage_of, step_arithmetic
 from mellow_ds.ds_config import offload_device
@@ -123,7 +124,8 @@ def setup_of(case: Case, stage: int | None = None, back_end: str = "") -> Setup:
 
 def back_end_of(case: Case) -> str:
     """The back end that the run will take, as far as is known here."""
-    if case.config.engine == "fsdp" or (case.config.engine == "auto" and case.machine.deepspeed_problem):
+    has_not = case.machine.deepspeed_problem or case.config.train.optimizer_type in PYTORCH_OPTIMIZERS
+    if case.config.engine == "fsdp" or (case.config.engine == "auto" and has_not):
         return "fsdp"
     return "deepspeed"
 

@@ -1,6 +1,6 @@
 """Findings about what is trained: phases and features, optimizers, tied weights, BatchNorm, LoRA."""
 
-from mellow_ds.config.train_keys import PARTS
+from mellow_ds.config.train_keys import PARTS, PYTORCH_OPTIMIZERS
 from mellow_ds.doctor.facts import Case, ModelFacts
 from mellow_ds.doctor.findings import NOTE, SLOW, STOPS, Finding
 from mellow_ds.doctor.memory import back_end_of, setup_of, stays_gathered
@@ -68,6 +68,14 @@ def _optimizer(case: Case) -> list[Finding]:
                     "set train.optimizer_type to AdamW, and its own learning rate",
                 )
             ]  # fmt: skip
+    if train.optimizer_type in PYTORCH_OPTIMIZERS and back_end_of(case) == "deepspeed":
+        return [
+            Finding(
+                STOPS, "muon-needs-whole-matrices",
+                f"train.optimizer_type is {train.optimizer_type}, and engine is deepspeed",
+                "ZeRO flattens and cuts the matrices that it multiplies", "set engine to auto or fsdp",
+            )
+        ]  # fmt: skip
     if train.optimizer_type == "Muon" and train.max_grad_norm:
         return [
             Finding(

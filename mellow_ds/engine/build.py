@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mellow_ds.config.train_keys import TrainConfig
+from mellow_ds.config.train_keys import PYTORCH_OPTIMIZERS, TrainConfig
 from mellow_ds.ds_config import StepShape, zero_stage
 from mellow_ds.engine.extension_lock import check_extension_locks
 from mellow_ds.engine.protocol import Engine
@@ -16,7 +16,6 @@ from mellow_ds.errors import ConfigError, FaultError, MellowError
 from mellow_ds.log import ALIKE
 from mellow_ds.model.meta import ReadWeight, materialise
 
-_PYTORCH_ONLY = ("Muon",)  # optimizers that the DeepSpeed back end has not
 _log = logging.getLogger("mellow_ds.engine")
 
 
@@ -36,7 +35,7 @@ def build_engine(
     """
     if read_weight is not None and not shards_parameters(kind, engine_json, config.optimizer_type):
         materialise(model, model, read_weight)
-    if kind == "auto" and config.optimizer_type in _PYTORCH_ONLY:
+    if kind == "auto" and config.optimizer_type in PYTORCH_OPTIMIZERS:
         what = "engine auto: %s needs whole matrices, which ZeRO cuts; FSDP2 takes the place of DeepSpeed"
         _log.warning(what, config.optimizer_type, extra=ALIKE)
         kind = "fsdp"
@@ -62,7 +61,7 @@ def build_engine(
 
 def shards_parameters(kind: str, engine_json: dict[str, Any], optimizer_type: str) -> bool:
     """Whether a rank holds only its part of the parameters: ZeRO-3, and FSDP2 at every stage but 0."""
-    is_pytorch = kind == "fsdp" or (kind == "auto" and optimizer_type in _PYTORCH_ONLY)
+    is_pytorch = kind == "fsdp" or (kind == "auto" and optimizer_type in PYTORCH_OPTIMIZERS)
     return zero_stage(engine_json) > (0 if is_pytorch else 2)
 
 

@@ -115,6 +115,12 @@ PROVOKED: dict[str, tuple[str, Case]] = {
     "untrained-encoder": (SLOW, made_case(model__encoder__use_pretrained_audioencoder="false")),
     "lamb-needs-whole-layers": (STOPS, made_case(train__optimizer_type="Lamb")),
     "lamb-replaced": (SLOW, made_case(CPUS, engine=zero(stage=0), train__optimizer_type="Lamb")),
+    "muon-needs-whole-matrices": (STOPS, made_case(train__optimizer_type="Muon")),
+    "evaluation-gathers": (SLOW, made_case(engine=zero(stage=3), train__evaluate_at_end="true")),
+    "evaluation-too-large": (
+        STOPS, made_case(gpus(memory_bytes=16 * GIGABYTE), engine=zero(stage=3), facts=HUGE_MODEL,
+                         train__evaluate_at_end="true", evaluation__gather_weights="true"),
+    ),
     "muon-not-clipped": (NOTE, made_case(train__optimizer_type="Muon")),
     "nothing-trained": (STOPS, made_case(facts=FROZEN_MODEL)),
     "tied-under-stage-3": (NOTE, made_case(engine=zero(stage=3), facts=HUGE_MODEL)),
@@ -149,6 +155,7 @@ def with_engine(case: Case, engine: str) -> Case:
 
 PROVOKED["no-deepspeed"] = (STOPS, with_engine(PROVOKED["no-deepspeed"][1], "deepspeed"))
 PROVOKED["nvme-without-deepspeed"] = (STOPS, with_engine(PROVOKED["nvme-without-deepspeed"][1], "fsdp"))
+PROVOKED["muon-needs-whole-matrices"] = (STOPS, with_engine(PROVOKED["muon-needs-whole-matrices"][1], "deepspeed"))
 PROVOKED["float16-at-stage-0"] = (STOPS, with_engine(PROVOKED["float16-at-stage-0"][1], "deepspeed"))
 
 

@@ -96,6 +96,7 @@ def test_a_difference_of_any_kind_is_found_out(right: Trajectory) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(240)  # the four minutes that the sample may take
 def test_a_sample_of_every_back_end_takes_the_steps_of_one_big_batch() -> None:
     found = compare(sample_cases(WORLDS, ACCUMULATIONS), NUM_STEPS)
     assert len(found) == len(BACK_ENDS)
