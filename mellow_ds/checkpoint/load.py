@@ -126,4 +126,12 @@ def _parameter_states(weights: TensorFiles, moments: TensorFiles, num_updates: i
     for name, keys in sorted(by_name.items()):
         found = {key.split(MOMENT_SEPARATOR)[1]: moments.read(key) for key in keys}
         own_updates = found.pop(NUM_UPDATES, None)
-        yield ParameterState(name, weights.read(name), found, num_updates if own_updates is None else int(own_updates))
+        weight = weights.read(name)
+        for key, moment in found.items():
+            if moment.numel() != weight.numel():
+                raise CheckpointError(
+                    f"{moments.path}: {name}{MOMENT_SEPARATOR}{key} has {moment.numel()} numbers, its weight "
+                    f"{weight.numel()}: the step is damaged; take another"
+                )
+            found[key] = moment.view(weight.shape)
+        yield ParameterState(name, weight, found, num_updates if own_updates is None else int(own_updates))

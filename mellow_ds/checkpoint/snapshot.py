@@ -1,14 +1,14 @@
 """What a rank keeps of a step: its share of the tensors, copied to CPU memory, to be written while training goes on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from mellow_ds.checkpoint.staging import Staging
 from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER
-from mellow_ds.checkpoint.tensor_files import file_name, index_name, index_text
-from mellow_ds.engine.protocol import Engine, ParameterState
+from mellow_ds.checkpoint.tensor_files import file_name, index_name, index_text, part_name
+from mellow_ds.engine.protocol import Engine, SavedParameter
 
 MOMENT_SEPARATOR = "::"
 NUM_UPDATES = "num_updates"
@@ -18,9 +18,9 @@ NUM_UPDATES = "num_updates"
 class Snapshot:
     """One rank's share, and on every rank who has the rest.
 
-    A tensor goes to the rank that holds most of it already; of those that hold as much, to the one that has the fewest
-    bytes so far; a parameter together with its moments. All ranks see the same names and sizes in the same order, so
-    they agree without a word, and shares differ by about one parameter.
+    A weight goes to the rank that holds most of it already; of those that hold as much, to the one that has the fewest
+    bytes so far; moments stay where they lie. All ranks see the same names and sizes in the same order, so they agree
+    without a word, and shares differ by about one parameter.
     """
 
     rank: int
@@ -52,16 +52,27 @@ class Snapshot:
         """See `mellow_ds.engine.owner.Keeper`."""
         return self.staging.empty(shape, dtype)
 
-    def add(self, name: str, stems: Mapping[str, Mapping[str, torch.Tensor]]) -> None:
-        """Take what belongs to an assigned tensor (stem -> name -> tensor); keep it where this rank shall."""
-        owner = self.assigned[name]
-        for stem, tensors in stems.items():
-            for name, tensor in tensors.items():
-                self.owners[stem][name] = owner
-                self.stem_bytes[stem] += tensor.nbytes
-                self.rank_bytes[owner] += tensor.nbytes
-                if owner == self.rank:
-                    self.tensors[stem][name] = tensor.contiguous()
+    def add(self, name: str, tensor: torch.Tensor) -> None:
+        """Take a weight or buffer that was assigned; keep it where this rank shall."""
+        self._take(MODEL, name, self.assigned[name], tensor.nbytes, tensor)
+
+    def add_parameter(self, saved: SavedParameter) -> None:
+        """Take a trained parameter: the weight as it was assigned, each rank's part of a moment with that rank."""
+        self.add(saved.name, saved.weight)
+        count = torch.tensor(saved.num_updates)
+        self._take(OPTIMIZER, moment_name(saved.name, NUM_UPDATES), self.assigned[saved.name], count.nbytes, count)
+        for key, own in saved.moments.items():
+            for rank, (start, length) in enumerate(saved.places):
+                if length:
+                    part = part_name(moment_name(saved.name, key), start)
+                    self._take(OPTIMIZER, part, rank, length * own.itemsize, own)
+
+    def _take(self, stem: str, name: str, rank: int, num_bytes: int, tensor: torch.Tensor) -> None:
+        self.owners[stem][name] = rank
+        self.stem_bytes[stem] += num_bytes
+        self.rank_bytes[rank] += num_bytes
+        if rank == self.rank:
+            self.tensors[stem][name] = tensor.contiguous()
 
     def files(self) -> dict[str, dict[str, torch.Tensor]]:
         """The files that this rank writes: name -> tensors."""
@@ -84,16 +95,16 @@ class Snapshot:
 
 
 def take_snapshot(engine: Engine, rank: int, num_ranks: int, staging: Staging | None = None) -> Snapshot:
-    """Gather the engine's tensors one at a time and keep this rank's share in `staging`; a collective call."""
+    """Gather weights one at a time and copy this rank's share of all into `staging`; a collective call."""
     snapshot = Snapshot(rank, num_ranks, staging=staging or Staging())
     snapshot.staging.reset()
-    for state in engine.parameter_states(snapshot):
-        snapshot.add(state.name, {MODEL: {state.name: state.weight}, OPTIMIZER: _optimizer_tensors(state)})
+    for saved in engine.saved_parameters(snapshot):
+        snapshot.add_parameter(saved)
     for name, tensor in engine.fixed_states(snapshot):
-        snapshot.add(name, {MODEL: {name: tensor}})
+        snapshot.add(name, tensor)
     return snapshot
 
 
-def _optimizer_tensors(state: ParameterState) -> dict[str, torch.Tensor]:
-    found = {state.name + MOMENT_SEPARATOR + key: moment for key, moment in state.moments.items()}
-    return {**found, state.name + MOMENT_SEPARATOR + NUM_UPDATES: torch.tensor(state.num_updates)}
+def moment_name(parameter: str, key: str) -> str:
+    """What a moment, or the count of updates, of a parameter is called."""
+    return parameter + MOMENT_SEPARATOR + key

@@ -6,15 +6,17 @@ It is a model folder too: with the configuration and tokenizer beside the weight
     model-00001-of-00002.safetensors      every weight and buffer once, float32, names as in the model: trained, frozen,
                                           statistics; split over as many files as ranks wrote (one: model.safetensors)
     model.safetensors.index.json          which file a tensor is in, as transformers has it (not with one file)
-    optimizer-00001-of-00002.safetensors  NAME::exp_avg, NAME::exp_avg_sq and NAME::num_updates of the trained weights,
-                                          with an index like the model's
+    optimizer-00001-of-00002.safetensors  NAME::exp_avg@0, NAME::exp_avg_sq@0 and NAME::num_updates of the trained
+                                          weights, with an index like the model's; a moment is flat, and where several
+                                          ranks hold it in parts, the one with the numbers from 500 on is named @500
     random-00000.safetensors              generator states of rank 0, and so on
     state.json                            counters, schedule, data position, metrics
     config.json, tokenizer*               the model's configuration and its processor
     files.json                            size and SHA-256 of each of the above, written last
 
-Tensors are whole, whatever the engine's partitioning, so a step loads on any engine and any number of ranks.
-Format version 1 had one file of weights, one of moments, and one count of updates for all of them; it is read too.
+Weights are whole and moments can be put together, whatever the engine's partitioning, so a step loads on any engine and
+any number of ranks. Older ones are read too: format version 2 had moments in the shape of their weight (NAME::exp_avg),
+version 1 one file of weights, one of moments, and one count of updates for all of them.
 """
 
 import json
@@ -27,8 +29,8 @@ from mellow_ds.errors import CheckpointError
 MODEL = "model"
 OPTIMIZER = "optimizer"
 STATE_FILE = "state.json"
-FORMAT_VERSION = 2
-_READ_VERSIONS = (1, 2)
+FORMAT_VERSION = 3
+_READ_VERSIONS = (1, 2, 3)
 _STEP_FOLDER = re.compile(r"step-(\d{6,})")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")  # files whose loading may run code
 

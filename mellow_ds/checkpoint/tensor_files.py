@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from mellow_ds.checkpoint.step_folder import foreign_file
 from mellow_ds.errors import CheckpointError
 
+_PART = "@"  # before the place where a part begins
+
 
 def file_name(stem: str, number: int, total: int) -> str:
     """`model.safetensors`, or `model-00001-of-00002.safetensors` for file 1 (from 1) of 2."""
@@ -29,10 +31,22 @@ def index_text(files: Mapping[str, str], num_bytes: int) -> str:
     return json.dumps({"metadata": {"total_size": num_bytes}, "weight_map": dict(files)}, indent=1) + "\n"
 
 
+def part_name(name: str, start: int) -> str:
+    """What the numbers of a tensor from `start` on are stored as, flat; together the parts are the tensor."""
+    return f"{name}{_PART}{start}"
+
+
+def _name_and_start(stored: str) -> tuple[str, int | None]:
+    """(the tensor's name, where this part of it begins; None: it is whole)."""
+    name, mark, start = stored.rpartition(_PART)
+    return (name, int(start)) if mark and start.isdecimal() else (stored, None)
+
+
 class TensorFiles:
     """The tensors of one stem in a folder, opened for reading one at a time; a context manager.
 
-    Tensors are views of the mapped files: what is not looked at is not read, and what is kept must be copied.
+    Tensors are views of the mapped files: what is not looked at is not read, and what is kept must be copied. One that
+    lies there in parts is read as one flat tensor, under its own name.
     """
 
     def __init__(self, folder: Path, stem: str) -> None:
@@ -52,7 +66,12 @@ class TensorFiles:
                 odd = sorted(self._by_name.keys() ^ expected.keys())[0]
                 raise CheckpointError(f"{index} and the files that it names differ in {odd}: the step is damaged")
             self._stack = stack.pop_all()
-        self._stored = {name: name for name in self._by_name}  # by the name that it is called by, the one in its file
+        # by the name that a tensor is called by, the one that it has in a file, or those of its parts in their order
+        self._stored: dict[str, tuple[str, ...]] = {}
+        for name in sorted(self._by_name, key=_name_and_start):
+            called = _name_and_start(name)[0]
+            self._stored[called] = (*self._stored.get(called, ()), name)
+        self._check_parts()
 
     def rename(self, new_names: Mapping[str, str]) -> None:
         """Call tensors by new names from now on; `new_names` by present name, others keep theirs."""
@@ -64,13 +83,26 @@ class TensorFiles:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor, which is not read."""
-        stored = self._stored[name]
-        return tuple(self._by_name[stored].get_slice(stored).get_shape())
+        parts = [tuple(self._by_name[part].get_slice(part).get_shape()) for part in self._stored[name]]
+        return parts[0] if len(parts) == 1 else (sum(length for (length,) in parts),)
 
     def read(self, name: str) -> torch.Tensor:
         """A tensor, whole."""
-        stored = self._stored[name]
-        return self._by_name[stored].get_tensor(stored)
+        parts = [self._by_name[part].get_tensor(part) for part in self._stored[name]]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _check_parts(self) -> None:
+        """Raise `CheckpointError` where a part of a tensor is missing before another."""
+        for name, parts in self._stored.items():
+            expected = 0
+            for part in parts:
+                start = _name_and_start(part)[1]
+                if start is None:
+                    continue
+                if start != expected:
+                    self._stack.close()
+                    raise CheckpointError(f"{self.path}: {name} lacks its part from {expected} on: the step is damaged")
+                expected += self._by_name[part].get_slice(part).get_shape()[0]
 
     def __enter__(self) -> "TensorFiles":
         return self

@@ -3,8 +3,9 @@
 import importlib
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, cast
 
 import deepspeed
@@ -14,6 +15,8 @@ from deepspeed.ops.op_builder.all_ops import ALL_OPS
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -23,12 +26,21 @@ from torch import nn
 
 from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.ds_config import StepShape, offloads_optimizer, resolve_engine_json, zero_stage
-from mellow_ds.engine.fragments import Fragments
+from mellow_ds.engine.fragments import Fragments, own_fragment
 from mellow_ds.engine.frozen import HALF_TYPES, hidden, place, whole_parts
 from mellow_ds.engine.ops import check_nvme, is_compiled, ops_needed
 from mellow_ds.engine.optimizer import ADAM_MOMENTS, gradient_norm, parameter_groups, torch_optimizer
-from mellow_ds.engine.owner import Keeper, kept_by, shape_of
-from mellow_ds.engine.protocol import ParameterState
+from mellow_ds.engine.owner import (
+    Keeper,
+    copy_for,
+    even_places,
+    gathered_at,
+    kept_at,
+    kept_by,
+    to_cpu,
+    whole_place,
+)
+from mellow_ds.engine.protocol import ParameterState, SavedParameter
 from mellow_ds.engine.statistics import BatchNormStatistics
 from mellow_ds.engine.step import StepEngine, check_moments, saved_buffers, trained
 from mellow_ds.errors import ConfigError
@@ -173,32 +185,54 @@ class DeepSpeedEngine(StepEngine):
             return nullcontext(self._model)
         return _Gathered(self._model, self._engine.optimizer.parameter_offload, self._whole)
 
-    def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
+    def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine.parameter_states`."""
         self._link_moments()
         flat = {id(p): pieces for p, pieces in self._replicated_state()}
         updates = self._updates_by_parameter()
+        for name, parameter in trained(self._model):
+            count = updates[id(parameter)]
+            if id(parameter) in flat:
+                moments = {key: to_cpu(piece) for key, piece in flat[id(parameter)].items()}
+                yield ParameterState(name, moments.pop("weight"), moments, count)
+                continue
+            moments = {
+                key: to_cpu(safe_get_full_optimizer_state(parameter, key)) for key in (ADAM_MOMENTS if count else ())
+            }
+            yield ParameterState(name, to_cpu(safe_get_full_fp32_param(parameter)), moments, count)
+
+    def saved_parameters(self, keeper: Keeper) -> Iterator[SavedParameter]:
+        """See `Engine.saved_parameters`."""
+        self._link_moments()
         parameters = dict(trained(self._model))
-        fragments = None
-        if keeper is not None and self._stage < 3 and not flat:
-            fragments = Fragments(list(parameters.values()), self.device)
+        flat = {id(p): pieces for p, pieces in self._replicated_state()}
+        updates = self._updates_by_parameter()
+        fragments = None if flat or self._stage == 3 else Fragments(list(parameters.values()), self.device)
         for name, parameter in parameters.items():
             count = updates[id(parameter)]
             keys = ADAM_MOMENTS if count else ()
-            if keeper is not None and fragments is not None:
-                owner = keeper.owner(name, fragments.held(parameter))
-                found = [fragments.whole(parameter, key, owner, keeper) for key in (None, *keys)]
-                whole = [shape_of(parameter) if part is None else part for part in found]
-                yield ParameterState(name, whole[0], dict(zip(keys, whole[1:], strict=True)), count)
-                continue
-            keep = kept_by(keeper, name, self._rank)
-            if id(parameter) in flat:
-                pieces = {key: keep(piece) for key, piece in flat[id(parameter)].items()}
-                yield ParameterState(name, pieces.pop("weight"), pieces, count)
-                continue
-            weight = keep(safe_get_full_fp32_param(parameter))
-            moments = {key: keep(safe_get_full_optimizer_state(parameter, key)) for key in keys}
-            yield ParameterState(name, weight, moments, count)
+            own: Callable[[str], torch.Tensor]
+            if fragments is not None:
+                places = fragments.places(parameter)
+                owner = keeper.owner(name, [length for _, length in places])
+                weight = fragments.weight_at(owner, parameter, keeper)
+                own = partial(own_fragment, parameter)
+            elif self._stage == 3:
+                sharded = cast(Any, parameter)
+                owner, length = keeper.owner(name), sharded.ds_tensor.numel()
+                places = even_places(length, sharded.ds_numel, self._world_size)
+                local = safe_get_local_fp32_param(parameter)
+                weight = gathered_at(owner, keeper, local, length, sharded.ds_shape, self.device)
+                own = partial(safe_get_local_optimizer_state, parameter)
+            else:
+                owner = keeper.owner(name)
+                places = whole_place(owner, parameter.numel(), self._world_size)
+                pieces = flat[id(parameter)]
+                weight = kept_at(owner, self._rank, keeper, pieces["weight"])
+                own = {key: piece.flatten() for key, piece in pieces.items()}.__getitem__
+            # one at a time: those that come from NVMe share memory
+            moments = {key: copy_for(keeper, own(key)[: places[self._rank][1]]) for key in keys}
+            yield SavedParameter(name, weight, moments, places, count)
 
     def load_parameter_states(self, states: Iterator[ParameterState]) -> None:
         """See `Engine.load_parameter_states`."""

@@ -1,7 +1,7 @@
 """The master weights and moments of ZeRO 1 and 2: flat, cut at any place, a fragment of a parameter here and there.
 
 Most parameters lie whole on one rank, so a save that leaves each where it is sends next to nothing, where DeepSpeed's
-`safe_get_full_*` sum a buffer of every parameter's size over all ranks.
+`safe_get_full_fp32_param` sums a buffer of every parameter's size over all ranks.
 """
 
 from collections.abc import Sequence
@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from mellow_ds.engine.owner import Keeper
+from mellow_ds.engine.owner import Keeper, Places, shape_of
 
 
 class Fragments:
@@ -34,20 +34,20 @@ class Fragments:
             id(parameter): rows for parameter, rows in zip(parameters, table.tolist(), strict=True)
         }
 
-    def held(self, parameter: nn.Parameter) -> list[int]:
-        """Elements of the parameter by rank."""
-        return [length for _, length in self._table[id(parameter)]]
+    def places(self, parameter: nn.Parameter) -> Places:
+        """Where each rank's fragment lies in the flat parameter."""
+        return tuple((start, length) for start, length in self._table[id(parameter)])
 
-    def whole(self, parameter: nn.Parameter, key: str | None, owner: int, keeper: Keeper) -> torch.Tensor | None:
-        """The float32 weight (`key` None) or a moment, whole on the CPU of rank `owner`, None elsewhere; the ranks that
-        hold a part of it and the owner take part, in the same order of calls."""
+    def weight_at(self, owner: int, parameter: nn.Parameter, keeper: Keeper) -> torch.Tensor:
+        """The float32 weight, whole on the CPU of rank `owner`, on the meta device elsewhere. Ranks that hold a part of
+        it send that, so all make these calls in the same order."""
         rows = self._table[id(parameter)]
         own_start, own_length = rows[self._rank]
-        own = own_fragment(parameter, key) if own_length else None
+        own = own_fragment(parameter) if own_length else None
         if self._rank != owner:
             if own is not None:
                 dist.send(own.to(self._device).contiguous(), owner)
-            return None
+            return shape_of(parameter)
         found = keeper.empty(torch.Size([parameter.numel()]), torch.float32)
         if own is not None:
             found[own_start : own_start + own_length].copy_(own)
@@ -59,8 +59,10 @@ class Fragments:
         return found.view(parameter.shape)
 
 
-def own_fragment(parameter: nn.Parameter, key: str | None) -> torch.Tensor:
-    """This rank's fragment in float32, flat."""
-    mapping: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+def own_fragment(parameter: nn.Parameter, key: str | None = None) -> torch.Tensor:
+    """This rank's fragment of the weight or a moment in float32, flat; of no numbers where it has none."""
+    mapping: Any = getattr(parameter, "_hp_mapping", None)
+    if mapping is None:
+        return torch.empty(0)
     fragment: torch.Tensor = mapping.get_hp_fragment(key)
     return fragment.detach().float().flatten()

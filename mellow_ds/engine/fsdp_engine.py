@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from mellow_ds.config.train_keys import TrainConfig
 from mellow_ds.data.batch import Batch
@@ -23,10 +24,19 @@ from mellow_ds.engine.optimizer import (
     parameter_groups,
     torch_optimizers,
 )
-from mellow_ds.engine.owner import Keeper, kept_by
-from mellow_ds.engine.protocol import ParameterState
+from mellow_ds.engine.owner import (
+    Keeper,
+    copy_for,
+    even_places,
+    gathered_at,
+    kept_at,
+    kept_by,
+    to_cpu,
+    whole_place,
+)
+from mellow_ds.engine.protocol import ParameterState, SavedParameter
 from mellow_ds.engine.replicated import ReplicatedModel
-from mellow_ds.engine.sharded import ShardedModel, own_part, set_from_whole, whole_tensor
+from mellow_ds.engine.sharded import ShardedModel, length_of_parts, own_part, set_from_whole, whole_tensor
 from mellow_ds.engine.statistics import BatchNormStatistics
 from mellow_ds.engine.step import StepEngine, check_moments, saved_buffers, trained
 from mellow_ds.errors import ConfigError
@@ -133,18 +143,35 @@ class FSDPEngine(StepEngine):
         """See `Engine.whole_model`."""
         return self._wrapped.whole()
 
-    def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
+    def parameter_states(self) -> Iterator[ParameterState]:
         """See `Engine.parameter_states`."""
         updates = self._updates_by_parameter()
         for name, parameter in trained(self._model):
-            keep = kept_by(keeper, name, self._rank)
-            state = self._optimizer.state_of(parameter)
+            weight, moments = (to_cpu(whole_tensor(parameter, self.device)), self._moments_of(parameter))
+            whole = {key: to_cpu(whole_tensor(moment, self.device)) for key, moment in moments.items()}
+            yield ParameterState(name, weight, whole, updates[id(parameter)])
+
+    def saved_parameters(self, keeper: Keeper) -> Iterator[SavedParameter]:
+        """See `Engine.saved_parameters`."""
+        updates = self._updates_by_parameter()
+        for name, parameter in trained(self._model):
+            owner = keeper.owner(name)
+            if isinstance(parameter, DTensor):
+                length = length_of_parts(parameter)
+                weight = gathered_at(owner, keeper, own_part(parameter), length, parameter.shape, self.device)
+                places = even_places(length, parameter.numel(), self._world_size)
+            else:
+                weight = kept_at(owner, self._rank, keeper, parameter)
+                places = whole_place(owner, parameter.numel(), self._world_size)
             moments = {
-                key: keep(whole_tensor(state[key], self.device))
-                for key in (*ADAM_MOMENTS, *MUON_MOMENTS)
-                if key in state
+                key: copy_for(keeper, own_part(moment).flatten()[: places[self._rank][1]])
+                for key, moment in self._moments_of(parameter).items()
             }
-            yield ParameterState(name, keep(whole_tensor(parameter, self.device)), moments, updates[id(parameter)])
+            yield SavedParameter(name, weight, moments, places, updates[id(parameter)])
+
+    def _moments_of(self, parameter: nn.Parameter) -> dict[str, torch.Tensor]:
+        state = self._optimizer.state_of(parameter)
+        return {key: state[key] for key in (*ADAM_MOMENTS, *MUON_MOMENTS) if key in state}
 
     def load_parameter_states(self, states: Iterator[ParameterState]) -> None:
         """See `Engine.load_parameter_states`."""

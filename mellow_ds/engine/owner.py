@@ -1,9 +1,15 @@
-"""One rank for each tensor: when a model is gathered to be saved, only the rank that writes a tensor keeps it."""
+"""What each rank brings to a save: a weight is gathered by one rank, which writes it; moments stay where they lie."""
 
+import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Protocol
 
 import torch
+import torch.distributed as dist
+
+Places = tuple[tuple[int, int], ...]
+"""By rank, its part of a flat tensor: (where it begins, how many numbers it has)."""
 
 
 class Keeper(Protocol):
@@ -23,9 +29,51 @@ def kept_by(keeper: Keeper | None, name: str, rank: int) -> Callable[[torch.Tens
     shape and type (on the meta device). Without a keeper every rank keeps everything."""
     if keeper is None:
         return to_cpu
-    if keeper.owner(name) != rank:
-        return shape_of
-    return lambda tensor: keeper.empty(tensor.shape, kept_dtype(tensor)).copy_(tensor.detach())
+    return partial(kept_at, keeper.owner(name), rank, keeper)
+
+
+def kept_at(owner: int, rank: int, keeper: Keeper, tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor that every rank has whole: a copy on the CPU of `owner`, on the meta device elsewhere."""
+    return copy_for(keeper, tensor) if rank == owner else shape_of(tensor)
+
+
+def gathered_at(
+    owner: int, keeper: Keeper, own: torch.Tensor, length: int, shape: torch.Size, device: torch.device
+) -> torch.Tensor:
+    """A tensor that is cut flat into parts, one a rank, of `length` numbers but for what lacks at the end: whole and
+    float32 on the CPU of `owner`, and on the meta device elsewhere. A collective call: the others send it their parts.
+
+    `own`: this rank's part; `device`: where the backend's collectives take tensors.
+    """
+    part = own.detach().flatten().to(device, torch.float32)
+    if part.numel() < length:
+        part = torch.nn.functional.pad(part, (0, length - part.numel()))
+    if dist.get_rank() != owner:
+        dist.gather(part.contiguous(), dst=owner)
+        return torch.empty(shape, dtype=torch.float32, device="meta")
+    num_ranks = dist.get_world_size()
+    found = keeper.empty(torch.Size([num_ranks * length]), torch.float32)
+    parts = found if device.type == "cpu" else torch.empty_like(found, device=device)
+    dist.gather(part.contiguous(), list(parts.view(num_ranks, length)), dst=owner)
+    if parts is not found:
+        found.copy_(parts)
+    return found[: math.prod(shape)].view(shape)
+
+
+def copy_for(keeper: Keeper, tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in the keeper's memory, floating-point numbers as float32."""
+    return keeper.empty(tensor.shape, kept_dtype(tensor)).copy_(tensor.detach())
+
+
+def even_places(length: int, num_numbers: int, num_ranks: int) -> Places:
+    """Parts of `length` numbers, rank after rank, but for what lacks at the end."""
+    starts = [min(rank * length, num_numbers) for rank in range(num_ranks)]
+    return tuple((start, min(length, num_numbers - start)) for start in starts)
+
+
+def whole_place(owner: int, num_numbers: int, num_ranks: int) -> Places:
+    """All of it on `owner`."""
+    return tuple((0, num_numbers if rank == owner else 0) for rank in range(num_ranks))
 
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:

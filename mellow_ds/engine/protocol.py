@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from mellow_ds.data.batch import Batch
-from mellow_ds.engine.owner import Keeper
+from mellow_ds.engine.owner import Keeper, Places
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,17 @@ class ParameterState:
     weight: torch.Tensor
     moments: dict[str, torch.Tensor]  # such as "exp_avg", "exp_avg_sq"; empty before the first update
     num_updates: int = 0  # optimizer steps that the moments come from; parts that were frozen for a while have fewer
+
+
+@dataclass(frozen=True)
+class SavedParameter:
+    """What a rank brings of a trained parameter to a save, copied to CPU memory."""
+
+    name: str
+    weight: torch.Tensor  # whole and float32 where the keeper says so, a shape on the meta device elsewhere
+    moments: dict[str, torch.Tensor]  # this rank's part of each, flat and float32, maybe of no numbers
+    places: Places  # of everybody's parts
+    num_updates: int = 0  # see `ParameterState`
 
 
 class Engine(Protocol):
@@ -63,11 +74,14 @@ class Engine(Protocol):
         """The model with all its weights on every rank, which then makes passes as it likes; a collective call."""
         ...
 
-    def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
-        """Every trained parameter in the order of `named_parameters`, copied; a collective call, one at a time.
+    def parameter_states(self) -> Iterator[ParameterState]:
+        """Every trained parameter in the order of `named_parameters`, whole; a collective call, one at a time."""
+        ...
 
-        With `keeper` only the rank that it names keeps a parameter with its moments; elsewhere they are on the meta
-        device, shapes without memory.
+    def saved_parameters(self, keeper: Keeper) -> Iterator[SavedParameter]:
+        """Every trained parameter in the order of `named_parameters`, as it is saved; a collective call, one at a time.
+
+        A weight goes to the rank that `keeper` names; of the moments nothing is sent.
         """
         ...
 
@@ -81,7 +95,7 @@ class Engine(Protocol):
     def fixed_states(self, keeper: Keeper | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         """Frozen parameters and saved buffers by name, whole, copied to the CPU; a collective call, one at a time.
 
-        `keeper`: see `parameter_states`.
+        With `keeper` only the rank that it names keeps one; elsewhere there are shapes on the meta device.
         """
         ...
 

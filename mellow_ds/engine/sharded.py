@@ -1,5 +1,6 @@
 """FSDP2: parameters sharded over all ranks, block by block. The only file that calls `fully_shard`."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
@@ -128,6 +129,13 @@ def whole_tensor(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a sharded tensor, sharing its memory; others as they are."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def length_of_parts(tensor: torch.Tensor) -> int:
+    """Numbers in each rank's part of a sharded tensor, but for what lacks at the end: its first dimension is cut."""
+    assert isinstance(tensor, DTensor)
+    rows = -(-tensor.shape[0] // tensor.device_mesh.size())
+    return rows * math.prod(tensor.shape[1:])
 
 
 def set_from_whole(target: torch.Tensor, whole: torch.Tensor) -> None:

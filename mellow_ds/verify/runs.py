@@ -9,7 +9,7 @@ import torch
 
 from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
 from mellow_ds.checkpoint.peers import Peers
-from mellow_ds.checkpoint.snapshot import MOMENT_SEPARATOR
+from mellow_ds.checkpoint.snapshot import moment_name
 from mellow_ds.checkpoint.step_folder import MODEL, OPTIMIZER
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.checkpoint.tensor_files import TensorFiles
@@ -140,7 +140,7 @@ def _check_loaded(engine: Engine, folder: Path) -> None:
         for state in engine.parameter_states():
             _check_equal(state.name, state.weight, weights)
             for key, moment in state.moments.items():
-                _check_equal(state.name + MOMENT_SEPARATOR + key, moment, moments)
+                _check_equal(moment_name(state.name, key), moment.flatten(), moments)
         for name, tensor in engine.fixed_states():
             _check_equal(name, tensor, weights)
 

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
-from mellow_ds.engine.owner import Keeper, kept_by
-from mellow_ds.engine.protocol import ParameterState
+from mellow_ds.engine.owner import Keeper, copy_for, kept_at, kept_by, whole_place
+from mellow_ds.engine.protocol import ParameterState, SavedParameter
 
 
 class PlainEngine:
@@ -21,12 +21,19 @@ class PlainEngine:
         self.rank = dist.get_rank() if dist.is_initialized() else 0
         self.loaded: dict[str, ParameterState] = {}
 
-    def parameter_states(self, keeper: Keeper | None = None) -> Iterator[ParameterState]:
+    def parameter_states(self) -> Iterator[ParameterState]:
         for number, size in enumerate(self.sizes):
-            keep = kept_by(keeper, f"w{number}", self.rank)
             weight = torch.full((2, size // 2), float(self.value + number))
-            moments = {"exp_avg": keep(weight + 0.25), "exp_avg_sq": keep(weight + 0.5)}
-            yield ParameterState(f"w{number}", keep(weight), moments, 3 + number)
+            moments = {"exp_avg": weight + 0.25, "exp_avg_sq": weight + 0.5}
+            yield ParameterState(f"w{number}", weight, moments, 3 + number)
+
+    def saved_parameters(self, keeper: Keeper) -> Iterator[SavedParameter]:
+        for state in self.parameter_states():
+            owner = keeper.owner(state.name)
+            places = whole_place(owner, state.weight.numel(), dist.get_world_size() if dist.is_initialized() else 1)
+            weight = kept_at(owner, self.rank, keeper, state.weight)
+            own = {key: copy_for(keeper, moment.flatten()) for key, moment in state.moments.items()}
+            yield SavedParameter(state.name, weight, own, places, state.num_updates)
 
     def fixed_states(self, keeper: Keeper | None = None) -> Iterator[tuple[str, torch.Tensor]]:
         for name, tensor in (("frozen", torch.full((4,), -float(self.value))), ("buffer", torch.tensor(7))):

@@ -88,9 +88,43 @@ def test_random_states_come_back_and_new_ranks_have_their_own(tmp_path: Path) ->
     assert drawn[:3] == drawn[3:]
 
 
+def of_older_format(moments: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Moments in the shape of their weight."""
+    return {name.removesuffix("@0"): t.view(2, -1) if "exp_avg" in name else t for name, t in moments.items()}
+
+
+def test_steps_of_the_second_format_are_read(saved: Path) -> None:
+    moments = load_file(saved / "optimizer.safetensors")
+    save_file(of_older_format(moments), saved / "optimizer.safetensors")
+    state = json.loads((saved / "state.json").read_text())
+    (saved / "state.json").write_text(json.dumps({**state, "format_version": 2}))
+    test_everything_comes_back(saved, split=False)
+
+
+def test_moments_in_parts_are_put_together(saved: Path) -> None:
+    """They lie where the ranks had them, in any order; a lost one is found out."""
+    moments = load_file(saved / "optimizer.safetensors")
+    whole = moments.pop("w0::exp_avg@0")
+    parts = {"w0::exp_avg@10": whole[10:], "w0::exp_avg@0": whole[:4] + 1, "w0::exp_avg@4": whole[4:10]}
+    save_file({**moments, **parts}, saved / "optimizer.safetensors")
+    engine = PlainEngine(0)
+    load_checkpoint(saved, engine, World())
+    found = engine.loaded["w0"].moments["exp_avg"]
+    assert found.shape == (2, 6)
+    assert torch.equal(found.flatten(), torch.cat([whole[:4] + 1, whole[4:]]))
+    for lost, said in (
+        ("@4", "lacks its part from 4 on"),
+        ("@10", "has 10 numbers, its weight 12: the step is damaged"),
+    ):
+        rest = {name: part for name, part in parts.items() if not name.endswith(lost)}
+        save_file({**moments, **rest}, saved / "optimizer.safetensors")
+        with pytest.raises(CheckpointError, match=said):
+            load_checkpoint(saved, PlainEngine(0), World())
+
+
 def test_steps_of_the_first_format_are_read(saved: Path) -> None:
     """One count of updates, in state.json, for all parameters."""
-    moments = load_file(saved / "optimizer.safetensors")
+    moments = of_older_format(load_file(saved / "optimizer.safetensors"))
     save_file({k: t for k, t in moments.items() if "num_updates" not in k}, saved / "optimizer.safetensors")
     state = json.loads((saved / "state.json").read_text())
     (saved / "state.json").write_text(json.dumps({**state, "format_version": 1, "num_updates": 17}))
