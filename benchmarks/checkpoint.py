@@ -23,7 +23,7 @@ import measuring
 import psutil
 
 EXAMPLES = """examples:
-  python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json      # 10 minutes on 2 cores
+  python benchmarks/checkpoint.py --out benchmarks/results/checkpoint.json      # 3 minutes on 2 cores
   python benchmarks/checkpoint.py --engine fsdp --stage 3 --out benchmarks/results/checkpoint_fsdp3.json
   python benchmarks/checkpoint.py --tiny --rounds 1 --steps 2                   # does it run?
 """
