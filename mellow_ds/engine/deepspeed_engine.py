@@ -43,6 +43,7 @@ from mellow_ds.engine.owner import (
 from mellow_ds.engine.protocol import ParameterState, SavedParameter
 from mellow_ds.engine.statistics import BatchNormStatistics
 from mellow_ds.engine.step import StepEngine, check_moments, saved_buffers, trained
+from mellow_ds.engine.whole_masters import whole_masters
 from mellow_ds.errors import ConfigError
 from mellow_ds.model.blocks import blocks_of
 from mellow_ds.model.meta import ReadWeight, has_meta, materialise
@@ -391,26 +392,10 @@ class DeepSpeedEngine(StepEngine):
             wrapped._lazy_init_hp_params_optimizer_state()
 
     def _replicated_state(self) -> Iterator[tuple[nn.Parameter, dict[str, torch.Tensor]]]:
-        """(parameter, views of weight and moments) where stage 0 keeps them whole on every rank: one tensor a
-        parameter, or one flat tensor a group under half precision. Nothing where ZeRO partitions them."""
-        inner = self._inner_optimizer()
+        """See `whole_masters`; nothing where ZeRO partitions them."""
         if self._stage > 0 or hasattr(self._engine.optimizer, "bf16_groups"):
-            return
-        for parameters, group in zip(self._group_parameters, inner.param_groups, strict=True):
-            masters = group["params"]
-            is_flat = (
-                len(masters) == 1 and masters[0].ndim == 1 and masters[0].numel() == sum(p.numel() for p in parameters)
-            )
-            start = 0
-            for number, parameter in enumerate(parameters):
-                master = masters[0] if is_flat else masters[number]
-                moments = {k: v for k, v in inner.state.get(master, {}).items() if k in ADAM_MOMENTS}
-                pieces = {"weight": master.data, **moments}
-                if is_flat:
-                    place = slice(start, start + parameter.numel())
-                    pieces = {k: v.flatten()[place].view(parameter.shape) for k, v in pieces.items()}
-                start += parameter.numel()
-                yield parameter, pieces
+            return iter(())
+        return whole_masters(self._inner_optimizer(), self._group_parameters)
 
 
 class _Gathered(AbstractContextManager[nn.Module]):

@@ -7,26 +7,21 @@ runs where that was done before, and compiles them itself only where it is asked
     MELLOW_TEST_COMPILE=1 bash tests/run.sh tests/engine/test_compiled_optimizers.py
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
 from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.store import CheckpointStore
 from mellow_ds.engine import deepspeed_engine
-from mellow_ds.engine.extension_lock import check_extension_locks
-from mellow_ds.engine.ops import is_compiled, op_problem
 from mellow_ds.engine.step import StepEngine
 from mellow_ds.verify.small import small_model
 from mellow_ds.world import World
 from tests.checkpoint.saving import save_step
 from tests.engine.cases import EXAMPLES, make_engine, reference, train
+from tests.engine.compiling import need
 from tests.engine.test_parts import check_phases
 from tests.ranks import run_ranks
 
@@ -74,25 +69,8 @@ def check(world: World, folder: Path) -> None:
     check_phases(world, [("deepspeed", 1), ("deepspeed", 3)])
 
 
-COMPILE = "from deepspeed.ops.op_builder.all_ops import ALL_OPS as o; o['cpu_adam'].load(); o['fused_adam'].load()"
-
-
-@pytest.fixture
-def compiled() -> None:
-    """Both ops, where they can be had."""
-    for name in ("cpu_adam", "fused_adam"):
-        if problem := op_problem(name, ALL_OPS, has_gpu=False):
-            pytest.skip(problem)
-    if not (is_compiled("cpu_adam") and is_compiled("fused_adam")):
-        if not os.environ.get("MELLOW_TEST_COMPILE"):
-            pytest.skip("cpu_adam and fused_adam are not compiled here: MELLOW_TEST_COMPILE=1 does it, in minutes")
-        check_extension_locks()
-        done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("compiled")
 def test_they_take_the_steps_of_plain_pytorch_and_go_on_from_one_another(tmp_path: Path) -> None:
+    need("cpu_adam", "fused_adam")
     run_ranks(2, check, tmp_path)

@@ -6,29 +6,23 @@ before, and compiles it itself only where it is asked to (libaio-dev, a compiler
     MELLOW_TEST_COMPILE=1 bash tests/run.sh tests/engine/test_nvme.py
 """
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
 from mellow_ds.checkpoint.load import load_checkpoint, load_model_weights
 from mellow_ds.checkpoint.peers import Peers
 from mellow_ds.checkpoint.store import CheckpointStore
-from mellow_ds.engine.extension_lock import check_extension_locks
-from mellow_ds.engine.ops import ASYNC_IO, is_compiled, op_problem
+from mellow_ds.engine.ops import ASYNC_IO
 from mellow_ds.engine.step import StepEngine
 from mellow_ds.model.modeling import MellowForConditionalGeneration
 from mellow_ds.verify.small import small_model
 from mellow_ds.world import World
 from tests.checkpoint.saving import save_step
 from tests.engine.cases import EXAMPLES, make_engine, reference, train, with_train
+from tests.engine.compiling import need
 from tests.ranks import run_ranks
-
-COMPILE = f"from deepspeed.ops.op_builder.all_ops import ALL_OPS as o; o['{ASYNC_IO}'].load()"
 
 
 def wide_model(seed: int) -> MellowForConditionalGeneration:
@@ -66,21 +60,8 @@ def check(world: World, folder: Path) -> None:
         engine.close()
 
 
-@pytest.fixture
-def compiled() -> None:
-    """async_io, where it can be had."""
-    if problem := op_problem(ASYNC_IO, ALL_OPS, has_gpu=False):
-        pytest.skip(problem)
-    if not is_compiled(ASYNC_IO):
-        if not os.environ.get("MELLOW_TEST_COMPILE"):
-            pytest.skip("async_io is not compiled here: MELLOW_TEST_COMPILE=1 does it, in minutes")
-        check_extension_locks()
-        done = subprocess.run([sys.executable, "-c", COMPILE], capture_output=True, text=True, timeout=1200)
-        assert done.returncode == 0, done.stderr[-3000:]
-
-
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.usefixtures("compiled")
 def test_a_run_whose_state_is_on_a_disk_is_saved_and_resumed(tmp_path: Path) -> None:
+    need(ASYNC_IO)
     run_ranks(2, check, tmp_path, seconds=200)
