@@ -1,5 +1,7 @@
 """What FSDP2 gathers at a time: each block of the decoder, the projector, and the stages of a trained encoder."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -36,10 +38,12 @@ def test_blocks_stages_and_the_projector_are_gathered_one_by_one() -> None:
     run_ranks(1, check)
 
 
-def check_offloaded(world: World) -> None:
+def check_offloaded(world: World, meeting: Path) -> None:
     """A group whose ranks exchange nothing that is in CPU memory, as those of GPUs do not."""
     dist.destroy_process_group()
-    dist.init_process_group("cuda:gloo", rank=world.rank, world_size=world.size)
+    # by a file: the port of the first group may still be answered by what is just being closed
+    store = dist.FileStore(str(meeting), world.size)
+    dist.init_process_group("cuda:gloo", store=store, rank=world.rank, world_size=world.size)
     mesh = init_device_mesh("cpu", (world.size,))
     part = torch.full((3 - world.rank, 4), float(world.rank))  # 5 rows
     offloaded = DTensor.from_local(part, mesh, [Shard(0)], run_check=False, shape=torch.Size([5, 4]), stride=(4, 1))
@@ -49,5 +53,5 @@ def check_offloaded(world: World) -> None:
     assert (elsewhere.device.type, tuple(elsewhere.shape)) == ("meta", (5, 4))
 
 
-def test_what_is_offloaded_is_gathered_on_the_device() -> None:
-    run_ranks(2, check_offloaded)
+def test_what_is_offloaded_is_gathered_on_the_device(tmp_path: Path) -> None:
+    run_ranks(2, check_offloaded, tmp_path / "meeting")
